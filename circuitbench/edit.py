@@ -82,7 +82,7 @@ class Edit:
     def __iter__(self): return iter((self,))
 
     def __repr__(self):
-        s = '' if not isinstance(self.s, Tensor) and self.s == 1 else f'{float(self.s):g}*' if not isinstance(self.s, Tensor) or self.s.numel() == 1 else 's*'
+        s = 's*' if isinstance(self.s, Tensor) else '' if self.s == 1 else f'{self.s:g}*'
         pos = '' if self.pos is None else f', at={self.pos}'
         return f"{s}{self.label}({self.site}{pos}{'' if self.head is None else f', heads={self.head}'})"
 
@@ -129,6 +129,16 @@ def edited(
 # %% ../nbs/02_edit.ipynb #edit
 def _edit(label, site, f, at, heads): return Edit(site, f, pos=at, head=heads, label=label)
 
+def _rows(source: Tensor, where: Where, site: str) -> Tensor:
+    "The source's rows for the chosen positions: by position where it is long enough, else by rank."
+    index = where.pos if source.shape[1] > max(where.pos) else where.rank
+    if max(index) >= source.shape[1]: raise ValueError(f'got a source of {source.shape[1]} positions for {site} at position {max(where.pos)}; expected that many or as many as are chosen')
+    return source[:, index]
+
+def _heads(rows: Tensor, where: Where) -> Tensor:
+    "The chosen heads of rows that hold all of them; rows that hold just these as they are."
+    return rows if where.heads is None or rows.shape[2] == len(where.heads) else rows[:, :, list(where.heads)]
+
 def apply(site: str, f: Callable[[Tensor], Tensor], at: At = None, heads=None, label: str = 'apply') -> Edit:
     "x -> f(x), any function of the chosen part (batch, chosen pos, ...)."
     return _edit(label, site, lambda x, where: f(x), at, heads)
@@ -143,12 +153,15 @@ def scale(site: str, factor: float, at: At = None, heads=None) -> Edit:
 
 def add(
     site: str,
-    vector: Tensor,  # broadcast against (batch, chosen pos, ...)
+    vector: Tensor,  # broadcast against (batch, chosen pos, ...); if it has a pos axis, rows are matched as in `patch`
     at: At = None,
     heads=None,
 ) -> Edit:
     "x -> x + vector."
-    return _edit('add', site, lambda x, where: x + vector.to(x), at, heads)
+    def f(x, where):
+        rows = _heads(_rows(vector, where, site), where) if vector.dim() == x.dim() and vector.shape[1] > 1 else vector
+        return x + rows.to(x)
+    return _edit('add', site, f, at, heads)
 
 def project_out(
     site: str,
@@ -171,16 +184,6 @@ def patch(
 ) -> Edit:
     "x -> the source's value at the same positions (activation patching, interchange)."
     return _edit('patch', site, lambda x, where: _heads(_rows(source, where, site), where).to(x), at, heads)
-
-def _rows(source: Tensor, where: Where, site: str) -> Tensor:
-    "The source's rows for the chosen positions: by position where it is long enough, else by rank."
-    index = where.pos if source.shape[1] > max(where.pos) else where.rank
-    if max(index) >= source.shape[1]: raise ValueError(f'got a source of {source.shape[1]} positions for {site} at position {max(where.pos)}; expected that many or as many as are chosen')
-    return source[:, index]
-
-def _heads(rows: Tensor, where: Where) -> Tensor:
-    "The chosen heads of rows that hold all of them; rows that hold just these as they are."
-    return rows if where.heads is None or rows.shape[2] == len(where.heads) else rows[:, :, list(where.heads)]
 
 def mean(
     site: str,

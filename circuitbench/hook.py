@@ -174,15 +174,15 @@ class HookedModel:
             for n in self.site_names(e.site):
                 if e.head is not None and not self._site(n).has_heads: raise ValueError(f'{e!r} chooses heads, but {n} has none; model.sites() lists the axes')
                 edits.setdefault(n, []).append(e)
-            self._check_positions(e.pos, shape[1], length, repr(e))
-        self._check_positions(at, shape[1], length, f'at={at!r}')
+            self._check_positions(e.pos, shape[1], length, e)
+        self._check_positions(at, shape[1], length, 'at=')
         if heads and any(not 0 <= h < self.sizes['head'] for h in heads): raise ValueError(f"got heads={heads}, expected 0 to {self.sizes['head'] - 1}")
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
         return Listener(reads, edits, shape[1], grad)
 
     def _site(self, name: str): return self.adapter.site(name.split('.', 2)[-1])
 
-    def _check_positions(self, at, prompt: int, length: int, what: str):
+    def _check_positions(self, at, prompt: int, length: int, what):
         for p in (at,) if isinstance(at, int) else at if isinstance(at, tuple) else ():
             if not -prompt <= p < length: raise ValueError(f'got position {p} in {what}, expected {-prompt} to {length - 1} for a prompt of {prompt} tokens')
 

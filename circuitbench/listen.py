@@ -46,7 +46,7 @@ class Listener:
 
     def __call__(self, name: str, x: Tensor, lo: int | None = None) -> Tensor:
         "x (batch, pos, ...) after the edits at this site, kept if someone reads it."
-        lo = self.lo if lo is None else lo
+        if lo is None: lo = self.lo + self.length - x.shape[1]           # transformers computes the logits of the last position alone when it generates
         for e in self.edits.get(name, ()): x = edited(e, x, lo, self.prompt)
         if read := self.reads.get(name):
             pos, _ = positions(read.at, lo, lo + x.shape[1], self.prompt)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TINY', 'byte_tokenizer', 'load_model', 'tiny_models']
 
-# %% ../nbs/21_load.ipynb #2a8ba587
-import json
+# %% ../nbs/21_load.ipynb #ea30cb6f
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
@@ -48,11 +48,12 @@ def _saved(name: str, where: str | Path, revision: str | None, dtype: torch.dtyp
     if 'model_type' not in config: raise ValueError(f'got {name!r}, whose config.json names no model_type; expected a folder in the transformers layout')
     adapter_for(config['model_type'])
     try: hf, info = AutoModelForCausalLM.from_pretrained(str(where), revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-    except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as err: raise ValueError(f'got {name!r}, whose weights cannot be read ({type(err).__name__}: {str(err).splitlines()[0][:200]}); expected undamaged safetensors') from err
+    except (SafetensorError, StrictDataclassError, OSError, RuntimeError, ValueError) as err:
+        raise ValueError(f'got {name!r}, which cannot be read ({type(err).__name__}: {" ".join(str(err).split())[:200]}); expected undamaged safetensors that fit the config.json') from err
     if bad := sorted(map(str, info['missing_keys'])) or sorted(map(str, info.get('mismatched_keys', ()))): raise ValueError(f"got {name!r}, whose weights lack or misshape {len(bad)} tensors ({', '.join(bad[:3])}); expected those of its config.json")
     try: tok = AutoTokenizer.from_pretrained(str(where), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError): tok = None                     # a model without a tokenizer runs on token ids
-    return hf, tok
+    except (OSError, ValueError): return hf, None                # a model without a tokenizer runs on token ids
+    return hf, tok if len(tok) > len(tok.all_special_tokens) else None      # where there are no files, transformers makes an empty one
 
 _CHOICES = 'tiny://NAME, mock://FAMILY-tiny, a local folder or a Hugging Face id; `circuitbench models` lists them'
 

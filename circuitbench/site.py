@@ -108,7 +108,7 @@ def canonical(
     number, _, tail = rest.partition('.')
     if block == 'blocks' and tail: return f'blocks.{number}.{ALIASES.get(tail, tail)}'
     name = ALIASES.get(name, name)
-    return name if name in MODEL_SITES or block == 'blocks' else f'blocks.*.{name}'
+    return name if name in MODEL_SITES or block == 'blocks' or name == '*' else f'blocks.*.{name}'
 
 def resolve(
     pattern: str,  # name, alias or glob

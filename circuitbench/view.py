@@ -6,7 +6,7 @@
 __all__ = ['page', 'save_page', 'Inspector', 'bars', 'columns', 'heatmap', 'histogram', 'lines', 'table', 'text_diff',
            'token_strip', 'wrap', 'STYLE']
 
-# %% ../nbs/05_view.ipynb #35af0eff
+# %% ../nbs/05_view.ipynb #fc0638e4
 import asyncio
 import os
 from inspect import signature
@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import ipywidgets as widgets
+from traitlets import TraitError
 
 from .chart import bars, heatmap, histogram, lines  # noqa: F401
 from .draw import STYLE, columns, esc, num, table, text_diff, token_strip, wrap  # noqa: F401
@@ -78,6 +79,21 @@ def _slider(name, low, high, step=None):
         return widgets.IntSlider(int(low), min=int(low), max=int(high), step=int(step or 1))
     return widgets.FloatSlider(float(low), min=float(low), max=float(high), step=float(step or (high - low) / 100))
 
+def _put(name, w, value):
+    "Set a control's value, and refuse one that it does not take as it is."
+    try: w.value = value
+    except TraitError as e: raise ValueError(f'{name}: got {value!r}; expected {_choice(w)}') from e
+    if w.value != value: raise ValueError(f'{name}: got {value!r}; expected {_choice(w)}')
+
+def _choice(w):
+    "Say what a control takes."
+    if hasattr(w, 'options'): return f'one of {_options(w)}'
+    return f'{num(w.min)} to {num(w.max)}' if hasattr(w, 'max') else f'what a {type(w).__name__} takes'
+
+def _options(w):
+    "Give the values that a menu offers."
+    return [o[1] if isinstance(o, tuple) else o for o in w.options]
+
 def _control(name, spec, start):
     "Make a labelled control: a widget as it is, or one from a range, choices, a truth value or a text."
     if isinstance(spec, widgets.ValueWidget): w = spec
@@ -89,11 +105,10 @@ def _control(name, spec, start):
     else:
         raise TypeError(f'{name}: got {spec!r}; expected a widget, (low, high[, step]), a list or dict of choices, '
                         'a bool or a text')
-    if start is not None and w is not spec: w.value = start
     w.description = w.description or name.replace('_', ' ')
-    span = f', {num(w.min)} to {num(w.max)}' if hasattr(w, 'max') else ''
-    w.tooltip = getattr(w, 'tooltip', None) or w.description + span
+    w.tooltip = getattr(w, 'tooltip', None) or w.description + (f', {_choice(w)}' if hasattr(w, 'max') else '')
     w.style.description_width = 'initial'
+    if start is not None and w is not spec: _put(name, w, start)
     return w
 
 def _player(slider):
@@ -150,21 +165,25 @@ class Inspector(widgets.VBox):
         return self._picture.value
 
     def set(self, **values):
-        "Set controls by name and draw at once."
+        "Set controls by name, one after the other, and draw at once."
         for k in values: self._named(k)
-        self._quietly(lambda: [setattr(self.controls[k], 'value', x) for k, x in values.items()])
+        def _apply():
+            for k, x in values.items():
+                _put(k, self.controls[k], x)
+                self._follow()
+        self._quietly(_apply)
         self._draw()
         return self
 
     def update(self, name: str, **traits):
         "Change traits of a control (`min`, `max`, `options`, ...) and keep its value where that is still allowed."
         w = self._named(name)
-        def change():
+        def _apply():
             old = w.value
             with w.hold_trait_notifications():
                 for k, x in traits.items(): setattr(w, k, x)
-            if 'options' in traits and old in [o[1] if isinstance(o, tuple) else o for o in w.options]: w.value = old
-        self._quietly(change)
+            if 'options' in traits and old in _options(w): w.value = old
+        self._quietly(_apply)
         self._draw()
         return self
 
@@ -181,6 +200,9 @@ class Inspector(widgets.VBox):
         try: act()
         finally: self._hold = hold
 
+    def _follow(self):
+        for name, traits in self._depends.items(): self.update(name, **traits(self.values))
+
     def _moved(self, _):
         loop = _loop()
         if self._hold or self._due: return
@@ -194,8 +216,7 @@ class Inspector(widgets.VBox):
     def _draw(self, tell=True):
         "Draw if a value has changed since the last picture."
         if self._hold: return
-        for name, traits in self._depends.items():
-            self._quietly(lambda name=name, traits=traits: self.update(name, **traits(self.values)))
+        self._quietly(self._follow)
         if self._drawn == self.values: return
         self._drawn = self.values
         try: self._picture.value = self._view(**self._drawn)

@@ -1,0 +1,153 @@
+"""Views, pages and the Inspector in a real browser."""
+import re
+
+import numpy as np
+import pytest
+from browser import chromium, jupyter_lab, notebook_page, set_theme, watched_page
+
+from circuitbench import view as cv
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    with chromium() as b: yield b
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    "A page with every view on it."
+    words, wave = ['The', ' capital', ' of', '\n', ' France'], np.outer(np.sin(np.arange(60) / 9), np.cos(np.arange(50) / 5))
+    wave[2, 1] = np.nan
+    sections = [
+        ('Tokens', cv.token_strip(words, [0, 1, -2, 0, 3.5], mark=[2]) + cv.token_strip(words)),
+        ('Heat maps', cv.heatmap([[1, -2], [np.nan, 3]]) + cv.heatmap(wave, rows=[f'r{i}' for i in range(60)], unit='nats')),
+        ('Charts', cv.columns(cv.bars(['a', 'b'], [1, -2], errors=[.2, .1]), cv.histogram(RNG.normal(size=500)))
+         + cv.lines({'one': [1, 2, 3], 'two': [3, 2, 1]})),
+        ('Texts', cv.text_diff('a b c', 'a c d') + cv.table([[1, 'x']], ['n', 's']))]
+    return cv.save_page(tmp_path_factory.mktemp('page') / 'demo.html', 'Demo', sections, lead='All of them.').as_uri()
+
+
+# Contrast of each visible piece of text against what is painted under it; 99 texts at most are enough to say which fail.
+CONTRAST = """() => {
+  const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = css => { paint.clearRect(0, 0, 1, 1); paint.fillStyle = css; paint.fillRect(0, 0, 1, 1);
+                        return [...paint.getImageData(0, 0, 1, 1).data] };
+  const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+                                        .reduce((s, c, i) => s + c * [.2126, .7152, .0722][i], 0);
+  const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor);
+                                                         if (c[3] > 250) return c } return [255, 255, 255, 255] };
+  const out = [];
+  for (const e of document.querySelectorAll('body *')) {
+    if (e.closest('svg,style,script') || ![...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim())) continue;
+    const [a, b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
+    out.push([(a + .05) / (b + .05), e.tagName + ' ' + e.textContent.slice(0, 30)]);
+  }
+  return out }"""
+
+
+@pytest.mark.parametrize('scheme, width', [('light', 1100), ('dark', 1100), ('light', 400)])
+def test_page_reads_in_both_themes_and_widths(browser, demo, scheme, width):
+    with watched_page(browser, color_scheme=scheme, viewport={'width': width, 'height': 900}) as (page, seen):
+        page.goto(demo)
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        ratios = page.evaluate(CONTRAST)
+        assert len(ratios) > 60 and not [r for r in ratios if r[0] < 4.5]
+        assert page.evaluate('document.documentElement.scrollWidth') <= width                    # no sideways scrolling
+        shown = [page.locator(f'image.{k}').evaluate('e => getComputedStyle(e).display') for k in ('lt', 'dk')]
+        assert shown == (['inline', 'none'] if scheme == 'light' else ['none', 'inline'])
+        assert seen.errors == [] and seen.requests == [demo]
+
+
+def test_switch_goes_to_the_other_theme_and_back(browser, demo):
+    for scheme in ('light', 'dark'):
+        with watched_page(browser, color_scheme=scheme) as (page, seen):
+            page.goto(demo)
+            ground = lambda: page.evaluate('getComputedStyle(document.body).backgroundColor')
+            seen_first = ground()
+            page.keyboard.press('Tab'), page.keyboard.press('Tab'), page.keyboard.press('Enter')     # past the skip link
+            other = ground()
+            assert not [r for r in page.evaluate(CONTRAST) if r[0] < 4.5]
+            page.locator('#theme').click()
+            assert {seen_first, other} == {'rgb(255, 255, 255)', 'rgb(22, 25, 30)'} and ground() == seen_first
+            assert seen.errors == []
+
+
+def test_keyboard_reaches_tokens_and_reads_them_out(browser, demo):
+    with watched_page(browser) as (page, seen):
+        page.goto(demo)
+        focused = lambda: page.evaluate('document.activeElement.dataset.t')
+        for _ in range(20):
+            page.keyboard.press('Tab')
+            if focused(): break
+        assert focused() == "0: 'The' = 0"
+        out = page.locator('figure').first.locator('output')
+        assert out.text_content() == "0: 'The' = 0"
+        page.keyboard.press('ArrowRight'), page.keyboard.press('ArrowRight')
+        assert focused() == "2: ' of' = -2" == out.text_content()
+        page.keyboard.press('Tab')                                    # one stop for the whole strip
+        assert focused() == "0: 'The'"
+        page.keyboard.press('Shift+Tab')
+        assert focused() == "2: ' of' = -2"
+        page.locator('figure').first.locator('span[data-t]').last.hover()
+        assert out.text_content() == "4: ' France' = 3.5" and seen.errors == []
+
+
+def test_a_picture_reads_out_its_values(browser, demo):
+    wave = np.outer(np.sin(np.arange(60) / 9), np.cos(np.arange(50) / 5))
+    with watched_page(browser) as (page, seen):
+        page.goto(demo)
+        svg = page.locator('svg[data-v]')
+        svg.scroll_into_view_if_needed()
+        out, box = page.locator('figure', has=svg).locator('output'), svg.bounding_box()
+        for i, j in ((0, 0), (10, 20), (59, 49)):
+            page.mouse.move(box['x'] + box['width'] * (j + .5) / 50, box['y'] + box['height'] * (i + .5) / 60)
+            where, value = re.fullmatch(r'row (r\d+, column \d+): (\S+) nats', out.text_content()).groups()
+            assert where == f'r{i}, column {j}' and abs(float(value) - wave[i, j]) <= .006 * abs(wave[i, j])
+        page.mouse.move(box['x'] + box['width'] * 1.5 / 50, box['y'] + box['height'] * 2.5 / 60)
+        assert out.text_content() == 'row r2, column 1: NaN nats'
+        svg.focus()
+        page.keyboard.press('ArrowUp'), page.keyboard.press('ArrowLeft')
+        assert out.text_content().startswith('row r1, column 0: ') and seen.errors == []
+
+
+CELL = """
+from circuitbench.view import Inspector, heatmap
+import numpy as np
+
+def state(step=3, head=0, name='x'):
+    if step == 5: raise ValueError('no <step> 5')
+    return heatmap(np.outer(np.sin(np.arange(12) + step), np.cos(np.arange(16) * (head + 1))), title=f'{name} {step} {head}')
+
+Inspector(state, 'The state', step=(0, 9), head=(0, 3), name='x', play=['step'])
+"""
+
+
+@pytest.mark.slow
+def test_inspector_in_jupyterlab(browser, tmp_path):
+    with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, [CELL]) as (page, seen):
+        caption = page.locator('.jp-OutputArea figcaption')
+        caption.filter(has_text='x 3 0').wait_for()
+        first = page.locator('.jp-OutputArea svg.cells').inner_html()
+        step = page.locator('.noUi-handle').first
+        step.press('ArrowRight')
+        caption.filter(has_text='x 4 0').wait_for()
+        assert page.locator('.jp-OutputArea svg.cells').inner_html() != first
+        step.press('ArrowRight')                                       # an error stands where the picture stood
+        page.locator('.jp-OutputArea [role=alert]', has_text='ValueError: no <step> 5').wait_for()
+        step.press('ArrowRight')
+        caption.filter(has_text='x 6 0').wait_for()
+        page.locator('.noUi-handle').nth(1).press('ArrowRight')
+        caption.filter(has_text='x 6 1').wait_for()
+        page.locator('.widget-text input').fill('y')
+        page.keyboard.press('Enter')
+        caption.filter(has_text='y 6 1').wait_for()
+        page.locator('.widget-play button').first.click()
+        caption.filter(has_text='y 9 1').wait_for()                    # it walks to the end
+        for theme in ('JupyterLab Dark', 'JupyterLab Light'):
+            set_theme(page, theme)
+            ground = page.locator('.cbv').first.evaluate('e => getComputedStyle(e).backgroundColor')
+            assert ground == ('rgb(22, 25, 30)' if 'Dark' in theme else 'rgb(255, 255, 255)')
+        assert seen.errors == []
+        assert all(re.match(r'(http://127\.0\.0\.1:|blob:)', u) for u in seen.requests)

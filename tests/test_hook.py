@@ -1,0 +1,204 @@
+"""Every family: sites against a float64 model written apart, edits that propagate, generation, padding, gradients, hooks that go away."""
+import oracle
+import pytest
+import torch
+
+from circuitbench.edit import add, apply, mean, patch, scale, zero
+from circuitbench.load import load_model
+from circuitbench.site import SiteError, families
+
+
+def top(x): return float(x.detach().abs().max())
+
+
+def clean(model):
+    "No hook is left and the module's functions are transformers' own."
+    return (not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+            and all(getattr(model._module, f).__module__ == model._module.__name__ and '<locals>' not in getattr(model._module, f).__qualname__ for f in model.adapter.functions))
+
+
+def test_every_site_equals_the_float64_model(model, ids):
+    truth = oracle.run(model.hf, ids)
+    out, cache = model.run_with_cache(ids, '*')
+    assert set(cache) == set(truth) == set(model._names)
+    for name, want in truth.items():
+        assert tuple(cache[name].shape) == want.shape == model.site_shape(name, *ids.shape), name
+        assert top(cache[name].double() - torch.from_numpy(want)) <= 3e-6*max(1, abs(want).max()), name
+
+
+def test_logits_equal_transformers(model, ids):
+    theirs = model.hf(ids, use_cache=False).logits
+    for ours in (model.run(ids).logits, model.run_with_cache(ids)[0].logits, model.run_with_cache(ids, '*')[0].logits):
+        assert top(ours - theirs) <= 1e-5*top(theirs)
+    assert torch.equal(model.run(ids, backend='transformers').logits, theirs)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_other_dtypes(model, ids, dtype):
+    other = load_model(model.name, dtype=dtype)
+    truth = torch.from_numpy(oracle.run(other.hf, ids)['logits'])
+    ours, theirs = (other.run(ids, backend=b).logits.double() for b in ('circuitbench', 'transformers'))
+    assert other.run_with_cache(ids, 'ssm.out_proj_in')[1]['blocks.0.ssm.out_proj_in'].dtype == dtype
+    if dtype == torch.float64: assert top(ours - truth) < 1e-5                # A and the rms norms stay float32 in transformers
+    else: assert top(ours - truth) <= 1.2*top(theirs - truth) < .2*top(truth)
+
+
+def test_zero_strength_is_the_clean_run_bit_for_bit(model, ids):
+    want = model.run(ids).logits
+    for name in model._names: assert torch.equal(model.run(ids, edit=0*zero(name)).logits, want), name
+    s = torch.zeros((), requires_grad=True)
+    kept = model.run(ids, edit=s*zero('blocks.0.ssm.state', at=4)).logits
+    assert kept.requires_grad and top(kept - want) < 1e-5*top(want)
+
+
+def test_an_identity_edit_changes_nothing_at_any_site(model, ids):
+    want = model.run(ids).logits
+    for name in model._names: assert top(model.run(ids, edit=apply(name, lambda x: x.clone())).logits - want) < 2e-6*top(want), name
+
+
+def test_an_edit_at_t_changes_nothing_before_t_and_something_after(model, ids):
+    want = model.run(ids, edit=add('blocks.*.ssm.state', torch.zeros(()), at=8)).logits      # the same cuts of the scan
+    for name in model._names:
+        got = model.run(ids, edit=add(name, torch.ones(()), at=8) | add('blocks.*.ssm.state', torch.zeros(()), at=8)).logits
+        change = (got - want).abs().amax((0, 2))
+        assert top(change[:8]) < 1e-6*top(want) and top(change[8:]) > 1e-4, name             # rounding: B and C of one head each take the loop
+
+
+def test_state_edit_goes_on_as_the_equations_say(model, ids):
+    "A change D of a state reaches step s as (the product of the decays) D, within one block with fixed inputs."
+    name, t = 'blocks.0.ssm.state', 5
+    shape = model.site_shape(name, 2, 1)
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    _, before = model.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.decay', 'blocks.0.ssm.C', 'blocks.0.ssm.y'])
+    _, after = model.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.y'], edit=add(name, delta, at=t))
+    a = before['blocks.0.ssm.decay'][:, t + 1:].double().cumprod(1)
+    a = a[..., None, None] if a.dim() == 3 else a[:, :, :, None]
+    want = torch.cat([delta.double(), a*delta.double()], 1)
+    assert top((after[name] - before[name])[:, t:].double() - want) < 1e-5
+    read = torch.einsum('blhpn,blhn->blhp', want, before['blocks.0.ssm.C'][:, t:].double())
+    assert top((after['blocks.0.ssm.y'] - before['blocks.0.ssm.y'])[:, t:].double() - read) < 2e-5*max(1, top(read))
+
+
+def test_edits_of_decay_and_write(model, ids):
+    _, forget = model.run_with_cache(ids, 'blocks.0.ssm.state', edit=zero('blocks.0.ssm.decay', at=6))
+    _, cache = model.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.write'])
+    assert top(forget['blocks.0.ssm.state'][:, 6] - cache['blocks.0.ssm.write'][:, 6]) < 1e-6
+    _, deaf = model.run_with_cache(ids, 'blocks.0.ssm.state', edit=zero('blocks.0.ssm.write'))
+    assert top(deaf['blocks.0.ssm.state']) == 0
+
+
+def test_heads_and_positions(model, ids):
+    out, cache = model.run_with_cache(ids, ['ssm.y', 'ssm.state', 'resid_post'], at=[3, -1], heads=[0, 2])
+    _, full = model.run_with_cache(ids, ['ssm.y', 'ssm.state', 'resid_post'])
+    assert cache.positions('blocks.1.ssm.state') == [3, 20]
+    for n in cache:
+        want = full[n][:, [3, 20]]
+        assert top(cache[n] - (want if 'resid' in n else want[:, :, [0, 2]])) < 1e-5, n
+    _, changed = model.run_with_cache(ids, 'blocks.0.ssm.y', edit=scale('blocks.0.ssm.y', 2., at=3, heads=[0, 2]))
+    want = full['blocks.0.ssm.y'].clone()
+    want[:, 3, [0, 2]] *= 2
+    assert top(changed['blocks.0.ssm.y'] - want) < 1e-5
+
+
+def test_interchange_gives_the_other_run(model, ids):
+    "Everything that a later position can know of the past is the state and the convolution's window: patch the residual stream and get the other run."
+    other = ids.roll(1, 0)
+    want, source = model.run_with_cache(other, 'blocks.*.resid_post')
+    got = model.run(ids, edit=patch('blocks.1.resid_post', source['blocks.1.resid_post'])).logits
+    assert top(got - want.logits) < 1e-5
+    averaged = model.run_with_cache(ids, 'blocks.1.resid_post', edit=mean('blocks.1.resid_post', source['blocks.1.resid_post']))[1]['blocks.1.resid_post']
+    assert top(averaged - source['blocks.1.resid_post'].mean((0, 1))) < 1e-6
+
+
+def test_generation_equals_uncached(model, ids):
+    edit = add('blocks.0.ssm.state', torch.full((), .5), at=[3, 22]) | scale('blocks.1.ssm.out_proj_in', 1.5, at=slice(20, None))
+    for e in ((), edit):
+        gen = model.generate(ids, 6, edit=e, names='*')
+        grown = ids
+        for _ in range(6):
+            reached = [x.at([p for p in x.pos if p < grown.shape[1]]) if isinstance(x.pos, tuple) else x for x in e]
+            grown = torch.cat([grown, model.run(grown, edit=reached).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(gen.tokens, grown)
+        _, cache = model.run_with_cache(grown[:, :-1], '*', edit=e)
+        for n in cache:
+            pos = gen.cache.positions(n)                                       # transformers computes just the last logits of a prompt
+            assert pos == list(range(20 if n == 'logits' else 0, 26)) and gen.cache[n].shape[1] == len(pos), n
+            assert top(gen.cache[n] - cache[n][:, pos]) < 3e-5*max(1, top(cache[n])), n
+    assert torch.equal(model.generate(ids, 6).tokens, model.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_padding_does_not_matter(model, side):
+    texts = ['A short one', 'A text that is rather longer than the first']
+    out, cache = model.run_with_cache(texts, ['ssm.y', 'resid_post'], pad=side)
+    for i, text in enumerate(texts):
+        alone, own = model.run_with_cache(text, ['ssm.y', 'resid_post'])
+        rows = out.mask[i].bool()
+        assert top(out.logits[i][rows] - alone.logits[0]) < 1e-5 and top(out.last[i] - alone.logits[0, -1]) < 1e-5
+        for n in own: assert top(cache[n][i][rows] - own[n][0]) < 2e-5, n
+    together, alone = model.generate(texts, 5), [model.generate(t, 5) for t in texts]
+    assert together.text == [a.text[0] for a in alone]
+
+
+def test_gradients_equal_finite_differences_in_float64(model, ids):
+    exact = load_model(model.name, dtype=torch.float64)
+    out, cache = exact.run_with_cache(ids, '*', grad=True)
+    grads = cache.grad(out.logits[0, -1, 3])
+    g, eps = torch.Generator().manual_seed(2), 1e-4
+    for name in cache:
+        if name == 'embed': continue                                          # the leaf itself
+        v = torch.randn(grads[name].shape, generator=g, dtype=torch.float64)
+        up, down = (exact.run(ids, edit=add(name, sign*eps*v)).logits[0, -1, 3].double() for sign in (1, -1))
+        want, got = (up - down)/(2*eps), (grads[name].double()*v).sum()
+        assert abs(want - got) <= 2e-3*max(1, abs(want)), (name, float(want), float(got))
+
+
+def test_gradients_equal_transformers(model, ids):
+    "Gradient at the embedding through our scan and through transformers' own."
+    def at_embedding(forward):
+        x = model.hf.get_submodule(model.adapter.embed)(ids).detach().requires_grad_()
+        return torch.autograd.grad(forward(x)[0, -1, 3], x)[0]
+    theirs = at_embedding(lambda x: model.hf(inputs_embeds=x, use_cache=False).logits)
+    for names in ('embed', ['embed', 'ssm.state']):
+        out, cache = model.run_with_cache(ids, names, grad=True)
+        assert top(cache.grad(out.logits[0, -1, 3])['embed'] - theirs) <= 1e-4*max(1, top(theirs))
+
+
+def test_nothing_stays_behind(model, ids):
+    def fail(x): raise RuntimeError('stop')
+    for name in model._names:
+        with pytest.raises(RuntimeError, match='stop'): model.run(ids, edit=apply(name, fail))
+        assert clean(model), name
+    with pytest.raises(RuntimeError, match='stop'): model.generate(ids, 3, edit=apply('ssm.state', fail, at=22))
+    assert clean(model)
+    model.run_with_cache(ids, '*')
+    assert clean(model)
+
+
+def test_errors_say_what_was_got_and_expected(model, ids):
+    with pytest.raises(SiteError, match=r'blocks 0 to 1'): model.run_with_cache(ids, 'blocks.7.ssm.y')
+    with pytest.raises(SiteError, match='nearest: .*ssm.state'): model.run_with_cache(ids, 'blocks.0.ssm.stat')
+    with pytest.raises(SiteError, match='does not have there'): model.run(ids, edit=zero('blocks.0.attn.q'))
+    with pytest.raises(ValueError, match='got position 40 .* expected -21 to 20'): model.run(ids, edit=zero('ssm.y', at=40))
+    with pytest.raises(ValueError, match='has none'): model.run(ids, edit=zero('resid_post', heads=1))
+    with pytest.raises(ValueError, match='expected 0 to'): model.run_with_cache(ids, 'ssm.y', heads=999)
+    with pytest.raises(ValueError, match='empty prompt'): model.run('')
+    with pytest.raises(ValueError, match='token ids'): model.run([5, 9999])
+    with pytest.raises(ValueError, match='backend'): model.run(ids, backend='jax')
+    with pytest.raises(ValueError, match='cannot be listened to'): model.run_with_cache(ids, 'ssm.state', backend='transformers')
+    with pytest.raises(ValueError, match='finite'): model.run(ids, edit=float('nan')*zero('ssm.y'))
+    with pytest.raises(TypeError, match='expected Edit'): model.run(ids, edit=['ssm.y'])
+    assert clean(model)
+
+
+def test_what_does_not_fit_is_refused_before_it_runs(model):
+    with pytest.raises(ValueError, match=r'GiB .* free'): model.run(torch.zeros(1, 1, dtype=torch.long).expand(1, 2**27))
+    share, model.share = model.share, 1e-9
+    try:
+        with pytest.raises(ValueError, match=r'ways out: at='): model.run_with_cache([1, 2, 3], 'ssm.state')
+        model.run([1, 2, 3])
+    finally: model.share = share
+
+
+def test_families_are_what_the_design_names():
+    assert {'mamba1', 'mamba2'} <= set(families())
