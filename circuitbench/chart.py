@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['png', 'heatmap', 'bars', 'lines', 'histogram']
 
-# %% ../nbs/04_chart.ipynb #44888d22
+# %% ../nbs/04_chart.ipynb #5beca69b
 import base64
 import json
 import struct
@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from .draw import RAMPS, Scale, details, esc, extremes, frame, names, num, numbers, wrap
+from .draw import RAMPS, READOUT, Scale, details, esc, extremes, frame, names, num, numbers, wrap
 
 # %% ../nbs/04_chart.ipynb #png
 def png(
@@ -43,23 +43,26 @@ const x=(u>>15?-1:1)*(e>30?(m?NaN:1/0):e?2**(e-15)*(1+m/1024):m*2**-24)*k,[r,c,Y
 const say=`${Y} ${r?r[i]:i}, ${X} ${c?c[j]:j}: ${+x.toPrecision(3)} ${U}`;
 this.closest('figure').querySelector('output').textContent=say"""
 
-def _cells(v, scale, say):
-    "Draw each cell as a rectangle with its value on hover."
-    index = scale.index(v)
-    return ''.join(f'<rect x="{j}" y="{i}" style="fill:{scale.fill(index[i, j])}"><title>{esc(say(i, j))}</title>'
-                   '</rect>' for i, j in np.ndindex(v.shape))
+_b64 = lambda data: base64.b64encode(data).decode()
 
-def _picture(v, scale, labels):
-    "Draw all cells as one picture, and give the attributes that let it read out its values."
-    b64, size = lambda data: base64.b64encode(data).decode(), f'width="{v.shape[1]}" height="{v.shape[0]}"'
-    svg = '<rect class="nan"/>' * bool(np.isnan(v).any()) + ''.join(
+def _cells(v, scale):
+    "Draw each cell as a rectangle, or very many of them as one picture."
+    index = scale.index(v)
+    if v.size <= _DRAWN:
+        fill = ((i, j, scale.fill(index[i, j])) for i, j in np.ndindex(v.shape))
+        return ''.join(f'<rect x="{j}" y="{i}" style="fill:{css}"/>' for i, j, css in fill)
+    size = f'width="{v.shape[1]}" height="{v.shape[0]}"'
+    return '<rect class="nan"/>' * bool(np.isnan(v).any()) + ''.join(
         f'<image class="{k}" {size} preserveAspectRatio="none" href="data:image/png;base64,'
-        f'{b64(png(scale.index(v), ramp))}"/>' for k, ramp in zip(('lt', 'dk'), RAMPS[scale.signed]))
+        f'{_b64(png(index, ramp))}"/>' for k, ramp in zip(('lt', 'dk'), RAMPS[scale.signed]))
+
+def _readout(v, labels):
+    "Give the attributes that let a drawing read out its values."
     peak = np.abs(v[np.isfinite(v)]).max(initial=0) or 1.
-    halves = b64((v / peak).astype('<f2').tobytes())
+    halves = _b64((v / peak).astype('<f2').tobytes())
     data = {'n': f'{v.shape[0]} {v.shape[1]} {peak:.9g}', 'v': halves, 'l': json.dumps(labels)}
     attrs = ''.join(f' data-{k}="{esc(s)}"' for k, s in data.items())
-    return svg, f'{attrs} tabindex="0" onpointermove="{esc(_POINT)}" onkeydown="this.onpointermove(event)"'
+    return f'{attrs} tabindex="0" onpointermove="{esc(_POINT)}" onkeydown="this.onpointermove(event)"'
 
 def _thin(labels, most):
     "Keep every k-th label so that at most `most` remain, each at the middle of its cell."
@@ -85,18 +88,14 @@ def heatmap(
     r, c, Y, X = names(rows, n, 'rows'), names(cols, m, 'cols'), ylabel or 'row', xlabel or 'column'
     where = lambda i, j: f'{Y} {r[i]}, {X} {c[j]}'
     w, h = (min(640 / m, 32), min(360 / n, 24)) if cell is None else np.broadcast_to(cell, 2)
-    if v.size <= _DRAWN:
-        svg, attrs, out = _cells(v, scale, lambda i, j: f'{where(i, j)}: {num(v[i, j])} {unit}'.strip()), '', ''
-    else:
-        svg, attrs = _picture(v, scale, [rows and r, cols and c, Y, X, unit])
-        out = '<output>Point at a cell, or use the arrow keys.</output>'
+    attrs = _readout(v, [None if rows is None else r, None if cols is None else c, Y, X, unit])
     about = f'{title or "Heat map"}: {n} by {m} values, {extremes(v, where)}'
-    shown = frame(svg, (m * w, n * h), (m, n), about, _thin(c, min(24, m * w / 20)), _thin(r, n * h / 16),
+    shown = frame(_cells(v, scale), (m * w, n * h), (m, n), about, _thin(c, min(24, m * w / 20)), _thin(r, n * h / 16),
                   xlabel=xlabel, ylabel=ylabel, attrs=attrs, kind='cells')
     down, across = (np.unique(np.linspace(0, k - 1, min(k, 12)).astype(int)) for k in (n, m))
     rest = [[r[i], *v[i, across]] for i in down]
     cut = v.size > down.size * across.size
-    return wrap(shown + out + scale.legend(unit) + details(rest, [f'{Y} / {X}', *(c[j] for j in across)], cut), title)
+    return wrap(shown + scale.legend(unit) + details(rest, [f'{Y} / {X}', *(c[j] for j in across)], cut), title)
 
 # %% ../nbs/04_chart.ipynb #ticks
 def _ticks(lo, hi, n=5):
@@ -127,15 +126,15 @@ def bars(
     for i in np.flatnonzero(real):
         x, color = v[i], int(v[i] >= 0) if signed else 2
         say = f'{name[i]}: {num(x)}' + (f' ± {num(e[i])}' if errors is not None else '')
-        svg.append(f'<rect class="bar" x="{at(min(x, 0)):.1f}" y="{i + .15}" width="{max(abs(at(x) - at(0)), 1):.1f}" '
-                   f'height=".7" fill="var(--s{color})"><title>{esc(say)}</title></rect>')
+        svg.append(f'<rect class="bar" data-t="{esc(say)}" x="{at(min(x, 0)):.1f}" y="{i + .15}" '
+                   f'width="{max(abs(at(x) - at(0)), 1):.1f}" height=".7" fill="var(--s{color})"/>')
         whisker = f'<path class="ln" stroke="var(--ink)" d="M{at(x - e[i]):.1f} {i + .5}H{at(x + e[i]):.1f}"/>'
         if e[i] > 0: svg.append(whisker)
     svg.append(f'<path class="ax" d="M{at(0):.1f} 0V{n}"/>')
     rows, ticks = [(i + .5) / n for i in range(n)], [(at(t) / 1000, num(t)) for t in _ticks(lo, hi)]
     about = f'{title or "Bars"}: {n} values, {extremes(v, lambda i: name[i])}'
     return wrap(frame(''.join(svg), (460, 22 * n), (1000, n), about, ticks, list(zip(rows, name)),
-                      list(zip(rows, map(num, v))), xlabel), title)
+                      list(zip(rows, map(num, v))), xlabel, attrs=' ' + READOUT), title)
 
 # %% ../nbs/04_chart.ipynb #plot
 def _plot(svg, about, x, y, log, xlabel, ylabel):
@@ -146,7 +145,7 @@ def _plot(svg, about, x, y, log, xlabel, ylabel):
     ys = [(1 - at(t, y), num(10. ** t if log else t)) for t in ts]
     grid = ''.join(f'<path class="gr" d="M0 {1000 * p:.4g}H1000"/>' for p, _ in ys)
     return frame(grid + '<path class="ax" d="M0 0V1000H1000"/>' + svg, (620, 220), (1000, 1000), about,
-                 [(at(t, x), num(t)) for t in _ticks(*x)], ys, xlabel=xlabel, ylabel=ylabel)
+                 [(at(t, x), num(t)) for t in _ticks(*x)], ys, xlabel=xlabel, ylabel=ylabel, attrs=' ' + READOUT)
 
 def _ends(v):
     "Give the ends of values, apart by more than nothing."
@@ -158,7 +157,7 @@ def _curve(px, py, look, say):
     ok = np.isfinite(py)
     d = ''.join(f'{"L" if i and ok[i - 1] else "M"}{px[i]:.1f} {py[i]:.1f}' + 'h0' * (not ok[i + 1:i + 2].any())
                 for i in np.flatnonzero(ok))
-    points = (f'<path class="pt" {look} d="M{px[i]:.1f} {py[i]:.1f}h0"><title>{esc(say(i))}</title></path>'
+    points = (f'<path class="pt" {look} d="M{px[i]:.1f} {py[i]:.1f}h0" data-t="{esc(say(i))}"/>'
               for i in np.flatnonzero(ok)[::-(-len(py) // 200)])
     return f'<path class="ln" {look} d="{d}"/>' + ''.join(points)
 
@@ -219,8 +218,8 @@ def histogram(
         left, right = (1000 * (t - ex[0]) / (ex[1] - ex[0]) for t in (a, b))
         up = 1000 * (h - base) / (top - base)
         if k: svg += (f'<rect class="bar" x="{left:.1f}" y="{1000 - up:.1f}" width="{right - left:.1f}" '
-                      f'height="{up:.1f}" fill="var(--s2)" stroke="var(--back)" vector-effect="non-scaling-stroke">'
-                      f'<title>{rows[-1][0]}: {k:,}</title></rect>')
+                      f'height="{up:.1f}" fill="var(--s2)" stroke="var(--back)" vector-effect="non-scaling-stroke" '
+                      f'data-t="{rows[-1][0]}: {k:,}"/>')
     about = (f'{title or "Histogram"}: {v.size:,} values from {num(real.min())} to {num(real.max())}, '
              f'most often {rows[int(n.argmax())][0]}')
     gone = {'not finite': v.size - real.size, 'outside the intervals': real.size - int(n.sum())}

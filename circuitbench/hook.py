@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALARS', 'HookedModel', 'activation_view', 'HookInspector']
 
-# %% ../nbs/20_hook.ipynb #0d95dee7
+# %% ../nbs/20_hook.ipynb #5d2bc927
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
@@ -17,10 +17,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from .chart import heatmap
+from .draw import token_strip
 from .edit import Edit, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read, Tap
 from .seam import swapped
-from .site import BLOCK_SITES, PER_STEP, SiteTable, adapter_for, check_transformers, has_module, resolve, spans
+from .site import (
+    BLOCK_SITES, PER_STEP, SiteTable, adapter_for, check_transformers, has_module, resolve, spans)
+from .view import Inspector
 
 # %% ../nbs/20_hook.ipynb #HookedModel
 class HookedModel:
@@ -33,14 +37,17 @@ class HookedModel:
         hook_point: str = 'ssm.out_proj_in',  # default site of train_sae, extract_circuit and steer
         share: float = .5,  # of the free memory that a read may take
     ):
-        self.hf, self.tokenizer, self.name, self.share = hf.eval().requires_grad_(False), tokenizer, name or type(hf).__name__, share
+        self.hf, self.tokenizer, self.share = hf.eval().requires_grad_(False), tokenizer, share
+        self.name = name or type(hf).__name__
         self.adapter = adapter_for(hf.config.model_type)
         self._module = import_module(self.adapter.module)
         check_transformers(self.adapter, self._module, transformers.__version__)
         self.blocks = hf.get_submodule(self.adapter.layers)
-        self._names = ['embed', *(f'blocks.{i}.{s}' for i, b in enumerate(self.blocks) for s in self.adapter.block_sites(b)), 'logits']
+        self._inside = set(self.adapter.inside) - ({'ssm.gate'} if self.adapter.gate else set())   # for taps alone
+        inner = (f'blocks.{i}.{s}' for i, b in enumerate(self.blocks) for s in self.adapter.block_sites(b))
+        self._names = ['embed', *inner, 'logits']
         self.sizes = self.adapter.sizes(hf.config)
-        self.hook_point = self.site_names(hook_point)[0].split('.', 2)[-1]
+        self.hook_point = _short(self.site_names(hook_point)[0])
 
     @property
     def device(self) -> torch.device: return next(self.hf.parameters()).device
@@ -49,28 +56,29 @@ class HookedModel:
     @property
     def n_layers(self) -> int: return len(self.blocks)
 
-    def __repr__(self): return f"{self.name}: {self.adapter.family}, {self.n_layers} blocks, {', '.join(f'{k} {v}' for k, v in self.sizes.items())}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+    def __repr__(self):
+        sizes, dtype = ', '.join(f'{k} {v}' for k, v in self.sizes.items()), str(self.dtype).removeprefix('torch.')
+        return f'{self.name}: {self.adapter.family}, {self.n_layers} blocks, {sizes}, {dtype} on {self.device}'
 
     def site_names(self, pattern: str | Iterable[str] | None = None) -> list[str]:
-        "Full names that a pattern (or several) means; None: all but the heavy ones (states, writes). SiteError if there is none."
-        if pattern is None: return [n for n in self._names if n.split('.', 2)[-1] not in self.adapter.heavy]
+        "Full names that a pattern (or several) means, SiteError if none; None: all but the heavy (states, writes)."
+        if pattern is None: return [n for n in self._names if _short(n) not in self.adapter.heavy]
         return [n for p in ([pattern] if isinstance(pattern, str) else pattern) for n in resolve(p, self._names)]
 
     def site_shape(self, name: str, batch: int, pos: int) -> tuple[int, ...]:
         "Shape of a site for a batch of prompts of a length."
         size = {**self.sizes, 'batch': batch, 'pos': pos, 'query': pos, 'key': pos}
-        return tuple(size[a] for a in self.adapter.site(name.split('.', 2)[-1]).axes)
+        return tuple(size[a] for a in self._site(name).axes)
 
     def sites(self) -> SiteTable:
         "Every site with its blocks, axes, sizes and meaning; prints as a table."
-        where = {}
-        for n in self._names: where.setdefault(n.split('.', 2)[-1], []).append(n)
-        def row(short, names):
+        def _row(short, names):
             site = self.adapter.site(short)
             axes = ' '.join(a if a in ('batch', 'pos', 'query', 'key') else f'{a}={self.sizes[a]}' for a in site.axes)
-            return short, '' if short in ('embed', 'logits') else spans(int(n.split('.')[1]) for n in names), axes, site.meaning
-        order = ['embed', *BLOCK_SITES, 'logits']
-        return SiteTable(tuple(row(s, where[s]) for s in order if s in where), self.adapter.note)
+            blocks = '' if short in ('embed', 'logits') else spans(int(n.split('.')[1]) for n in names)
+            return short, blocks, axes, site.meaning
+        where = {s: [n for n in self._names if _short(n) == s] for s in ('embed', *BLOCK_SITES, 'logits')}
+        return SiteTable(tuple(_row(s, names) for s, names in where.items() if names), self.adapter.note)
 
     # -- tokens --------------------------------------------------------------------------
     def tokens(
@@ -78,22 +86,26 @@ class HookedModel:
         prompt,  # text, list of texts, or ids of shape (pos,) or (batch, pos)
         pad: str = 'right',  # side on which shorter texts of a list are padded
     ) -> tuple[Tensor, Tensor | None]:
-        "Token ids (batch, pos) and the mask (batch, pos), None where nothing is padded; ValueError for an empty prompt."
+        "Token ids (batch, pos) and their mask, None where nothing is padded; ValueError for an empty prompt."
         if isinstance(prompt, Tensor) or (prompt and not isinstance(prompt, str) and not isinstance(prompt[0], str)):
             ids, mask = torch.atleast_2d(torch.as_tensor(prompt)), None
-        else:
-            if self.tokenizer is None: raise ValueError(f'got text, but {self.name} has no tokenizer; give token ids')
-            if pad not in ('left', 'right'): raise ValueError(f"got pad={pad!r}, expected 'left' or 'right'")
-            rows = [self.tokenizer(t, add_special_tokens=False)['input_ids'] for t in ([prompt] if isinstance(prompt, str) else prompt)]
-            n = max(map(len, rows), default=0)
-            if not all(rows): raise ValueError('got an empty prompt, expected at least one token')
-            fill, left = self.tokenizer.pad_token_id or 0, pad == 'left'
-            ids = torch.tensor([[fill]*(n - len(r))*left + r + [fill]*(n - len(r))*(not left) for r in rows])
-            mask = torch.tensor([[0]*(n - len(r))*left + [1]*len(r) + [0]*(n - len(r))*(not left) for r in rows])
-            if mask.all(): mask = None
+        else: ids, mask = self._padded([prompt] if isinstance(prompt, str) else prompt, pad)
         if not ids.numel(): raise ValueError('got an empty prompt, expected at least one token')
-        if ids.min() < 0 or ids.max() >= self.sizes['d_vocab']: raise ValueError(f"got token ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {self.sizes['d_vocab'] - 1}")
+        if ids.min() < 0 or ids.max() >= self.sizes['d_vocab']:
+            raise ValueError(f'got token ids from {int(ids.min())} to {int(ids.max())}, '
+                             f"expected 0 to {self.sizes['d_vocab'] - 1}")
         return ids.long().to(self.device), None if mask is None else mask.to(self.device)
+
+    def _padded(self, texts: list[str], pad: str) -> tuple[Tensor, Tensor | None]:
+        "Ids and mask of texts, all as long as the longest."
+        if self.tokenizer is None: raise ValueError(f'got text, but {self.name} has no tokenizer; give token ids')
+        if pad not in ('left', 'right'): raise ValueError(f"got pad={pad!r}, expected 'left' or 'right'")
+        rows = [self.tokenizer(t, add_special_tokens=False)['input_ids'] for t in texts]
+        if not all(rows): raise ValueError('got an empty prompt, expected at least one token')
+        fill, n = self.tokenizer.pad_token_id or 0, max(map(len, rows), default=0)
+        widen = lambda row, x: [x]*(n - len(row)) + row if pad == 'left' else row + [x]*(n - len(row))
+        ids, mask = torch.tensor([widen(r, fill) for r in rows]), torch.tensor([widen([1]*len(r), 0) for r in rows])
+        return ids, None if mask.all() else mask
 
     def strings(self, ids: Tensor) -> list[str]:
         "The text of each token of one row."
@@ -118,7 +130,7 @@ class HookedModel:
     def run_with_cache(
         self,
         prompt,  # text, texts or ids
-        names: str | Iterable[str] | None = None,  # sites, aliases, globs; None: all but the heavy ones (states, writes)
+        names: str | Iterable[str] | None = None,  # sites, aliases, globs; None: all but the heavy (states, writes)
         edit: Edit | Iterable[Edit] = (),
         at=None,  # positions to keep: int, slice, list, 'every:N'; None is all
         heads: int | Iterable[int] | None = None,  # heads to keep, for sites with a head axis
@@ -132,14 +144,16 @@ class HookedModel:
         return self._run(prompt, edit, self.site_names(names), at, heads, dtype, mask, pad, grad, backend)
 
     def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend):
-        if backend not in ('circuitbench', 'transformers'): raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
+        if backend not in ('circuitbench', 'transformers'):
+            raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
         ids, made = self.tokens(prompt, pad)
         mask = made if mask is None else mask.to(self.device)
         ear = self._listener(names, edit, at, heads, dtype, ids.shape, ids.shape[1], grad)
         self._check_memory(ear.reads, *ids.shape, grad)
         with self._listening(ear, backend, grad), torch.enable_grad() if grad else nullcontext():
             logits = self.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return Output(logits, ids, mask), Cache(ear.heard, ear.pos, ear.paths, [self.strings(r) for r in ids] if names else [])
+        strings = [self.strings(r) for r in ids] if names else []
+        return Output(logits, ids, mask), Cache(ear.heard, ear.pos, ear.paths, strings)
 
     def generate(
         self,
@@ -155,15 +169,18 @@ class HookedModel:
     ) -> Generation:
         "Cached generation with edits and reads at every step; greedy unless `do_sample=True`."
         ids, mask = self.tokens(prompt, 'left')
-        n = ids.shape[1]
-        ear = self._listener(self.site_names(names) if names != () else (), edit, at, heads, None, ids.shape, n + max_new_tokens, False)
-        self._check_memory(ear.reads, ids.shape[0], n + max_new_tokens, False)
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.hf.config.pad_token_id or 0) | kwargs
-        with torch.no_grad(), torch.random.fork_rng(enabled=seed is not None), self._listening(ear, backend, cached=True):
+        n, length = ids.shape[1], ids.shape[1] + max_new_tokens
+        names = () if names == () else self.site_names(names)
+        ear = self._listener(names, edit, at, heads, None, ids.shape, length, False)
+        self._check_memory(ear.reads, len(ids), length, False)
+        fill, rng = self.hf.config.pad_token_id or 0, torch.random.fork_rng(enabled=seed is not None)
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill) | kwargs
+        with torch.no_grad(), rng, self._listening(ear, backend, cached=True):
             if seed is not None: torch.manual_seed(seed)
             out = self.hf.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
-        text = [self.tokenizer.decode(r[n:], skip_special_tokens=True) for r in out] if self.tokenizer is not None else []
-        return Generation(text, out, n, Cache(ear.heard, ear.pos, {}, [self.strings(r) for r in out] if ear.reads else []))
+        text = [] if self.tokenizer is None else [self.tokenizer.decode(r[n:], skip_special_tokens=True) for r in out]
+        strings = [self.strings(r) for r in out] if ear.reads else []
+        return Generation(text, out, n, Cache(ear.heard, ear.pos, {}, strings))
 
     def inspect(self, prompt, edit: Edit | Iterable[Edit] = (), **start) -> 'HookInspector':
         "Shows every site of a run; keyword arguments set the controls (site=, block=, head=, position=, scalar=)."
@@ -172,36 +189,48 @@ class HookedModel:
     # -- how a run listens ---------------------------------------------------------------
     def _listener(self, names, edit, at, heads, dtype, shape, length, grad) -> Listener:
         "Checks what is asked for against the model and the prompt."
-        at, heads = check_at(at), (heads,) if isinstance(heads, int) else None if heads is None else tuple(heads)
-        edits = {}
+        at, edits = check_at(at), {}
+        if heads is not None: heads = (heads,) if isinstance(heads, int) else tuple(heads)
         for e in live(edit):
             for n in self.site_names(e.site):
-                if e.head is not None and not self._site(n).has_heads: raise ValueError(f'{e!r} chooses heads, but {n} has none; model.sites() lists the axes')
+                if e.head is not None and not self._site(n).has_heads:
+                    raise ValueError(f'{e!r} chooses heads, but {n} has none; model.sites() lists the axes')
                 edits.setdefault(n, []).append(e)
             self._check_positions(e.pos, shape[1], length, e)
         self._check_positions(at, shape[1], length, 'at=')
-        if heads and any(not 0 <= h < self.sizes['head'] for h in heads): raise ValueError(f"got heads={heads}, expected 0 to {self.sizes['head'] - 1}")
+        if heads and any(not 0 <= h < self.sizes['head'] for h in heads):
+            raise ValueError(f"got heads={heads}, expected 0 to {self.sizes['head'] - 1}")
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
         return Listener(reads, edits, shape[1], grad)
 
-    def _site(self, name: str): return self.adapter.site(name.split('.', 2)[-1])
+    def _site(self, name: str): return self.adapter.site(_short(name))
 
     def _check_positions(self, at, prompt: int, length: int, what):
         for p in (at,) if isinstance(at, int) else at if isinstance(at, tuple) else ():
-            if not -prompt <= p < length: raise ValueError(f'got position {p} in {what}, expected {-prompt} to {length - 1} for a prompt of {prompt} tokens')
+            if not -prompt <= p < length:
+                raise ValueError(f'got position {p} in {what}, expected {-prompt} to {length - 1} '
+                                 f'for a prompt of {prompt} tokens')
 
     def _check_memory(self, reads, batch: int, pos: int, grad: bool):
         "ValueError with the size and the ways out, before anything is run."
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == 'cuda' else psutil.virtual_memory().available
+        cuda = self.device.type == 'cuda'
+        free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
         need = batch*pos*4*(3*self.sizes['d_vocab'] + 6*max(self.sizes.values())*(self.n_layers if grad else 1))
-        if need > free: raise ValueError(f'got a prompt of {batch} x {pos} tokens, whose run needs about {need/2**30:.1f} GiB of the {free/2**30:.1f} GiB that are free; expected fewer or shorter prompts')
-        size = 0
-        for n, r in reads.items():
-            shape = self.site_shape(n, batch, len(positions(r.at, 0, pos, pos)[0]))
-            cells = torch.Size(shape).numel()*(1 if r.heads is None else len(r.heads)/shape[2])/(shape[2] if n.endswith(('ssm.B', 'ssm.C')) else 1)   # B and C are views
-            size += cells*(r.dtype or (torch.float32 if n.split('.', 2)[-1] in PER_STEP else self.dtype)).itemsize
+        if need > free:
+            raise ValueError(f'got a prompt of {batch} x {pos} tokens, whose run needs about {need/2**30:.1f} GiB '
+                             f'of the {free/2**30:.1f} GiB that are free; expected fewer or shorter prompts')
+        size = sum(self._bytes(n, r, batch, pos) for n, r in reads.items())
         if size > self.share*free:
-            raise ValueError(f'got {len(reads)} sites of {size/2**30:.1f} GiB to keep, expected at most {self.share:.0%} of the {free/2**30:.1f} GiB that are free; ways out: at=[...], heads=, dtype=torch.bfloat16, fewer names')
+            raise ValueError(f'got {len(reads)} sites of {size/2**30:.1f} GiB to keep, '
+                             f'expected at most {self.share:.0%} of the {free/2**30:.1f} GiB that are free; '
+                             'ways out: at=[...], heads=, dtype=torch.bfloat16, fewer names')
+
+    def _bytes(self, name: str, read: Read, batch: int, pos: int) -> float:
+        "The memory that a read takes."
+        shape = self.site_shape(name, batch, len(positions(read.at, 0, pos, pos)[0]))
+        cells = torch.Size(shape).numel()*(1 if read.heads is None else len(read.heads)/shape[2])
+        if name.endswith(('ssm.B', 'ssm.C')): cells /= shape[2]           # views, shared by the heads
+        return cells*(read.dtype or (torch.float32 if _short(name) in PER_STEP else self.dtype)).itemsize
 
     def _swaps(self, backend: str) -> bool:
         "Is our scan the one that runs? Where a GPU has the fused kernels, they are faster as long as nobody listens."
@@ -210,19 +239,23 @@ class HookedModel:
     @contextmanager
     def _listening(self, ear: Listener, backend: str, grad: bool = False, cached: bool = False):
         "Puts in what the listener needs, and takes it out on every exit."
-        wanted = {n: n.split('.', 2) for n in (*ear.reads, *(e for e in ear.edits if e not in ear.reads))}
-        inside = sorted({int(p[1]) for p in wanted.values() if len(p) == 3 and p[2] in self.adapter.inside and not (p[2] == 'ssm.gate' and self.adapter.gate)})
-        if inside and backend == 'transformers': raise ValueError(f"got {[n for n, p in wanted.items() if p[-1] in self.adapter.inside][0]} with backend='transformers', which cannot be listened to inside; expected the default backend")
-        now = SimpleNamespace(tap=None, state=None, length=0)
+        wanted = dict.fromkeys((*ear.reads, *ear.edits))
+        in_scan = [n for n in wanted if _short(n) in self._inside]
+        if in_scan and backend == 'transformers':
+            raise ValueError(f"got {in_scan[0]} with backend='transformers', which cannot be listened to inside; "
+                             'expected the default backend')
+        inside = {int(n.split('.')[1]) for n in in_scan}
+        now, embed = SimpleNamespace(tap=None, state=None, length=0), self.hf.get_submodule(self.adapter.embed)
         with ExitStack() as stack:
             hook = lambda handle: stack.callback(handle.remove)
-            hook(self.hf.get_submodule(self.adapter.embed).register_forward_pre_hook(lambda m, args: ear.forward(args[0].shape[1])))
-            if grad: hook(self.hf.get_submodule(self.adapter.embed).register_forward_hook(lambda m, args, out: out.detach().requires_grad_()))
+            hook(embed.register_forward_pre_hook(lambda m, args: ear.forward(args[0].shape[1])))
+            if grad: hook(embed.register_forward_hook(lambda m, args, out: out.detach().requires_grad_()))
             for name in wanted: self._hook_point(name, ear, hook)
             if inside or self._swaps(backend):
                 stack.enter_context(swapped(self._module, self.adapter.functions, now))
                 for i, block in enumerate(self.blocks):
-                    if i in inside or cached: self._hook_mixer(block, i, Tap(ear, i) if i in inside else None, now, ear, hook)
+                    tap = Tap(ear, i) if i in inside else None
+                    if tap or cached: self._hook_mixer(block, i, tap, now, ear, hook)
             yield
 
     def _hook_point(self, name: str, ear: Listener, hook):
@@ -237,39 +270,41 @@ class HookedModel:
             point = self.adapter.points[short]
             module, side = block.get_submodule(point.module), point.side
         if side == 'in':
-            def before(m, args, kwargs):
-                return ((ear(name, args[0]), *args[1:]), kwargs) if args else (args, kwargs | {'hidden_states': ear(name, kwargs['hidden_states'])})
-            hook(module.register_forward_pre_hook(before, with_kwargs=True))
+            def _before(m, args, kwargs):
+                if args: return (ear(name, args[0]), *args[1:]), kwargs
+                return args, kwargs | {'hidden_states': ear(name, kwargs['hidden_states'])}
+            hook(module.register_forward_pre_hook(_before, with_kwargs=True))
         else:
-            def after(m, args, out): return (ear(name, out[0]), *out[1:]) if isinstance(out, tuple) else ear(name, out)
-            hook(module.register_forward_hook(after))
+            def _after(m, args, out): return (ear(name, out[0]), *out[1:]) if isinstance(out, tuple) else ear(name, out)
+            hook(module.register_forward_hook(_after))
 
     def _hook_gate(self, block, name: str, ear: Listener, hook):
         "Listens to a gate that acts inside a norm module; the norm is computed again only if the gate was changed."
         path, forward = self.adapter.gate
-        def after(norm, args, out):
+        def _after(norm, args, out):
             y, z = args
             gate = nn.functional.silu(z.float())
             new = ear(name, gate.unflatten(-1, (self.sizes['head'], self.sizes['d_head']))).flatten(-2)
             return forward(norm, y, new) if name in ear.edits or ear.path else out
-        hook(block.get_submodule(path).register_forward_hook(after))
+        hook(block.get_submodule(path).register_forward_hook(_after))
 
     def _hook_mixer(self, block, i: int, tap: Tap | None, now, ear: Listener, hook):
         "Tells the scan functions which block is running, and from which state it starts."
         if not has_module(block, self.adapter.mixer): return
         mixer = block.get_submodule(self.adapter.mixer)
-        def before(m, args, kwargs):
+        def _before(m, args, kwargs):
             cache = kwargs.get('cache_params')
-            now.tap, now.length, now.state = tap, ear.length, None if cache is None else cache.get_recurrent_state(i, state_idx=0)
-        def after(m, args, out): now.tap = now.state = None
-        hook(mixer.register_forward_pre_hook(before, with_kwargs=True))
-        hook(mixer.register_forward_hook(after, always_call=True))
+            now.tap, now.length = tap, ear.length
+            now.state = None if cache is None else cache.get_recurrent_state(i, state_idx=0)
+        def _after(m, args, out): now.tap = now.state = None
+        hook(mixer.register_forward_pre_hook(_before, with_kwargs=True))
+        hook(mixer.register_forward_hook(_after, always_call=True))
+
+def _short(name: str) -> str:
+    "The name within a block: `ssm.y` of `blocks.3.ssm.y`."
+    return name.split('.', 2)[-1]
 
 # %% ../nbs/20_hook.ipynb #activation-view
-from .chart import heatmap  # noqa: E402
-from .draw import token_strip  # noqa: E402
-from .view import Inspector  # noqa: E402
-
 SCALARS = {
     'norm': lambda v: v.flatten(1).norm(dim=1),
     'mean': lambda v: v.flatten(1).mean(1),
@@ -284,27 +319,31 @@ def activation_view(
     position: int = -1,  # the step shown, for states and writes; outlined among the tokens
     scalar: str = 'norm',  # what colours the tokens, a name of `SCALARS`
 ) -> str:
-    "A site of a run as HTML: tokens coloured by a number, and its values as a heat map. ValueError for an unknown scalar."
+    "A site of a run as HTML: tokens coloured by a number, and a heat map; ValueError for an unknown scalar."
     if scalar not in SCALARS: raise ValueError(f'got scalar={scalar!r}, expected one of {list(SCALARS)}')
     name = site if site in cache else f'blocks.{block}.{site}'
     value, tokens = cache[name][0].detach().float(), cache.tokens[0]
-    has_heads = BLOCK_SITES[site].has_heads if site in BLOCK_SITES else False
+    has_heads = site in BLOCK_SITES and BLOCK_SITES[site].has_heads
     if has_heads and value.dim() > 2: value = value[:, head]
     where = f'{name}, head {head}' if has_heads and value.dim() < cache[name].dim() - 1 else name
     position = range(len(tokens))[position]
     label = [f'{i} {t}' for i, t in enumerate(tokens)]
     strip = token_strip(tokens, SCALARS[scalar](value), f'{where}: {scalar} at each token', mark=[position])
-    if value.dim() == 3: picture = heatmap(value[position], title=f'{where} after token {label[position]!r}', xlabel='d_state', ylabel='d_head', signed=True)
-    else: picture = heatmap(value.flatten(1), rows=label, title=where, xlabel='head' if has_heads and value.dim() == 2 and site in ('ssm.dt', 'ssm.decay') else 'component', ylabel='token', signed=True)
-    return strip + picture
+    if value.dim() == 3:
+        where = f'{where} after token {label[position]!r}'
+        return strip + heatmap(value[position], title=where, xlabel='d_state', ylabel='d_head', signed=True)
+    xlabel = 'head' if has_heads and value.dim() == 2 and site in ('ssm.dt', 'ssm.decay') else 'component'
+    return strip + heatmap(value.flatten(1), rows=label, title=where, xlabel=xlabel, ylabel='token', signed=True)
 
 class HookInspector(Inspector):
     "Sliders over site, block, head and position of one run; every step of every state can be played."
     def __init__(self, model: HookedModel, prompt, edit: Edit | Iterable[Edit] = ()):
         _, cache = model.run_with_cache(prompt, '*', edit=edit)
         shorts, last = [r[0] for r in model.sites().rows], len(cache.tokens[0]) - 1
-        view = lambda site='ssm.state', block=0, head=0, position=last, scalar='norm': activation_view(cache, site, block, head, position, scalar)
-        blocks = lambda v: {'max': 0 if v['site'] in ('embed', 'logits') else model.n_layers - 1}
-        heads = lambda v: {'max': model.sizes['head'] - 1 if v['site'] in BLOCK_SITES and BLOCK_SITES[v['site']].has_heads else 0}
-        super().__init__(view, f'{model.name}: every site of one run', play=('position',), depends={'block': blocks, 'head': heads},
-                         site=shorts, block=(0, model.n_layers - 1), head=(0, model.sizes['head'] - 1), position=(0, last), scalar=list(SCALARS))
+        top_block, top_head = model.n_layers - 1, model.sizes['head'] - 1
+        def _view(site='ssm.state', block=0, head=0, position=last, scalar='norm'):
+            return activation_view(cache, site, block, head, position, scalar)
+        limit = {'block': lambda v: {'max': 0 if v['site'] in ('embed', 'logits') else top_block},
+                 'head': lambda v: {'max': top_head if model._site(v['site']).has_heads else 0}}
+        super().__init__(_view, f'{model.name}: every site of one run', play=('position',), depends=limit, site=shorts,
+                         block=(0, top_block), head=(0, top_head), position=(0, last), scalar=list(SCALARS))

@@ -46,7 +46,7 @@ class Listener:
 
     def __call__(self, name: str, x: Tensor, lo: int | None = None) -> Tensor:
         "x (batch, pos, ...) after the edits at this site, kept if someone reads it."
-        if lo is None: lo = self.lo + self.length - x.shape[1]           # transformers computes the logits of the last position alone when it generates
+        if lo is None: lo = self.lo + self.length - x.shape[1]   # generating, transformers has the last logits alone
         for e in self.edits.get(name, ()): x = edited(e, x, lo, self.prompt)
         if read := self.reads.get(name):
             pos, _ = positions(read.at, lo, lo + x.shape[1], self.prompt)
@@ -60,11 +60,16 @@ class Listener:
         return x
 
     def _keep(self, name: str, x: Tensor, read: Read):
-        "Adds rows; those of single steps go straight into a tensor for the whole call, since a list of all states would need twice the memory."
+        """Adds rows; those of single steps go straight into one tensor for the whole call.
+
+        A list of all states, concatenated in the end, would need twice the memory.
+        """
         x = x if self.path else x.detach()
         if read.dtype is not None: x = x.to(read.dtype)
         parts = self.parts.setdefault(name, [])
-        if self.path or name.split('.', 2)[-1] not in PER_STEP or self.length == 1: parts.append(x); return
+        if self.path or name.split('.', 2)[-1] not in PER_STEP or self.length == 1:
+            parts.append(x)
+            return
         if not parts or parts[-1].filled == parts[-1].rows.shape[1]:
             n = len(positions(read.at, self.lo, self.lo + self.length, self.prompt)[0])
             parts.append(SimpleNamespace(rows=x.new_empty(x.shape[0], n, *x.shape[2:]), filled=0))
@@ -80,17 +85,21 @@ class Listener:
 def _picker(rows: list[int], read: Read, x: Tensor) -> Callable:
     "The function that takes the kept rows and heads of x."
     whole = len(rows) == x.shape[1]
-    def pick(v):
+    def _pick(v):
         v = v if whole else v[:, rows]
         return v if read.heads is None else v[:, :, list(read.heads)]
-    return pick
+    return _pick
 
 class Tap:
     "What `seam` calls within one block."
     def __init__(self, listener: Listener, block: int): self.listener, self.prefix = listener, f'blocks.{block}.'
-    def __call__(self, site, x): return self.listener(self.prefix + site, x) if self.wants(site) else x
     def wants(self, site): return self.listener.wants(self.prefix + site)
-    def at(self, site, x, t): return self.listener(self.prefix + site, x[:, None], self.listener.lo + t)[:, 0] if self.wants(site) else x
+    def __call__(self, site, x): return self.listener(self.prefix + site, x) if self.wants(site) else x
+
+    def at(self, site, x, t):
+        "The same for one step t of this call: x has no pos axis."
+        return self.listener(self.prefix + site, x[:, None], self.listener.lo + t)[:, 0] if self.wants(site) else x
+
     def stops(self, length):
         "Steps of this call where the state or the write is wanted, or the decay is edited."
         ear, stops = self.listener, set()
@@ -107,7 +116,9 @@ class Cache(Mapping):
 
     def _name(self, name: str) -> str:
         found = [name] if name in self._heard else resolve(name, self._heard)
-        if len(found) > 1: raise SiteError(f'got {name!r}, which means {len(found)} cached sites ({found[0]}, {found[1]}, ...); name one, or use cache.items()')
+        if len(found) > 1:
+            raise SiteError(f'got {name!r}, which means {len(found)} cached sites ({found[0]}, {found[1]}, ...); '
+                            'name one, or use cache.items()')
         return found[0]
 
     def __getitem__(self, name: str) -> Tensor: return self._heard[self._name(name)]
@@ -119,21 +130,24 @@ class Cache(Mapping):
         return self._pos[self._name(name)]
 
     def grad(self, metric: Tensor) -> dict[str, Tensor]:
-        """d metric / d site for every cached site, in the shape of the cache; zeros where the metric does not depend on it.
+        """d metric / d site of each cached site, in its shape; zeros where the metric does not depend on it.
 
         Raises ValueError if the run was not recorded with `grad=True`, or the metric is no scalar.
         """
-        if not self._paths: raise ValueError('got a cache without gradients, expected one of run_with_cache(..., grad=True)')
+        if not self._paths:
+            raise ValueError('got a cache without gradients, expected one of run_with_cache(..., grad=True)')
         if metric.dim(): raise ValueError(f'got a metric of shape {tuple(metric.shape)}, expected a scalar')
         flat = [(n, x, pick) for n, path in self._paths.items() for x, pick in path]
         grads = torch.autograd.grad(metric, [x for _, x, _ in flat], allow_unused=True, retain_graph=True)
         out = {}
-        for (n, x, pick), g in zip(flat, grads): out.setdefault(n, []).append(pick(torch.zeros_like(x) if g is None else g))
+        for (n, x, pick), g in zip(flat, grads):
+            out.setdefault(n, []).append(pick(torch.zeros_like(x) if g is None else g))
         return {n: torch.cat(g, 1) for n, g in out.items()}
 
     def __repr__(self):
         size = sum(v.numel()*v.element_size() for v in self.values())
-        return f'Cache of {len(self)} sites, {size/2**20:.1f} MiB\n' + '\n'.join(f'  {n:28} {tuple(v.shape)}' for n, v in self.items())
+        rows = '\n'.join(f'  {n:28} {tuple(v.shape)}' for n, v in self.items())
+        return f'Cache of {len(self)} sites, {size/2**20:.1f} MiB\n{rows}'
 
 # %% ../nbs/18_listen.ipynb #Output
 @dataclass(frozen=True)

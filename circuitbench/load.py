@@ -32,7 +32,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def _mock(name: str, seed: int = 0):
     "A random model of a registered family, weights large enough that everything does something."
     family = name.removesuffix('-tiny')
-    if family not in families(): raise ValueError(f"got mock://{name}, expected one of {', '.join(f'mock://{f}-tiny' for f in families())}")
+    if family not in families():
+        raise ValueError(f'got mock://{name}, expected one of ' + ', '.join(f'mock://{f}-tiny' for f in families()))
     tok = byte_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -44,16 +45,26 @@ def _mock(name: str, seed: int = 0):
 def _saved(name: str, where: str | Path, revision: str | None, dtype: torch.dtype):
     "A saved model and its tokenizer through transformers; ValueError for what is missing, damaged or unknown."
     try: config, _ = PretrainedConfig.get_config_dict(str(where), revision=revision)
-    except OSError as err: raise ValueError(f'got {name!r}, which is no folder with a config.json and could not be had from the Hub ({str(err).splitlines()[0]}); expected {_CHOICES}') from err
-    if 'model_type' not in config: raise ValueError(f'got {name!r}, whose config.json names no model_type; expected a folder in the transformers layout')
+    except OSError as err:
+        raise ValueError(f'got {name!r}, which is no folder with a config.json and could not be had from the Hub '
+                         f'({str(err).splitlines()[0]}); expected {_CHOICES}') from err
+    if 'model_type' not in config:
+        raise ValueError(f'got {name!r}, whose config.json names no model_type; '
+                         'expected a folder in the transformers layout')
     adapter_for(config['model_type'])
-    try: hf, info = AutoModelForCausalLM.from_pretrained(str(where), revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    options = dict(revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    try: hf, info = AutoModelForCausalLM.from_pretrained(str(where), **options)
     except (SafetensorError, StrictDataclassError, OSError, RuntimeError, ValueError) as err:
-        raise ValueError(f'got {name!r}, which cannot be read ({type(err).__name__}: {" ".join(str(err).split())[:200]}); expected undamaged safetensors that fit the config.json') from err
-    if bad := sorted(map(str, info['missing_keys'])) or sorted(map(str, info.get('mismatched_keys', ()))): raise ValueError(f"got {name!r}, whose weights lack or misshape {len(bad)} tensors ({', '.join(bad[:3])}); expected those of its config.json")
+        why = f'{type(err).__name__}: {" ".join(str(err).split())[:200]}'
+        raise ValueError(f'got {name!r}, which cannot be read ({why}); '
+                         'expected undamaged safetensors that fit the config.json') from err
+    if bad := sorted(map(str, info['missing_keys'])) or sorted(map(str, info.get('mismatched_keys', ()))):
+        raise ValueError(f'got {name!r}, whose weights lack or misshape {len(bad)} tensors '
+                         f"({', '.join(bad[:3])}); expected those of its config.json")
     try: tok = AutoTokenizer.from_pretrained(str(where), revision=revision, trust_remote_code=False)
     except (OSError, ValueError): return hf, None                # a model without a tokenizer runs on token ids
-    return hf, tok if len(tok) > len(tok.all_special_tokens) else None      # where there are no files, transformers makes an empty one
+    # where there are no tokenizer files, transformers makes an empty one
+    return hf, tok if len(tok) > len(tok.all_special_tokens) else None
 
 _CHOICES = 'tiny://NAME, mock://FAMILY-tiny, a local folder or a Hugging Face id; `circuitbench models` lists them'
 
@@ -66,15 +77,17 @@ def load_model(
 ) -> HookedModel:
     """Loads a model with every site open.
 
-    Raises ValueError for an unknown name, family or model type and for damaged or missing weights, SiteError for an unknown `hook_point`. Runs no code
-    from a model folder; weights are safetensors, or a `.bin` read with `weights_only=True`.
+    Raises ValueError for an unknown name, family or model type and for damaged or missing weights, SiteError for an
+    unknown `hook_point`. Runs no code from a model folder; weights are safetensors, or a `.bin` read with
+    `weights_only=True`.
     """
     scheme, _, rest = name.partition('://')
     dtype = dtype or torch.float32
     if not rest: hf, tok = _saved(name, name, revision, dtype)
     elif scheme == 'mock': hf, tok = _mock(rest)
     elif scheme == 'tiny':
-        if rest not in (have := tiny_models()): raise ValueError(f"got {name!r}, expected one of {', '.join(f'tiny://{n}' for n in have)}")
+        if rest not in (have := tiny_models()):
+            raise ValueError(f'got {name!r}, expected one of ' + ', '.join(f'tiny://{n}' for n in have))
         hf, tok = _saved(name, TINY/rest, None, dtype)
     else: raise ValueError(f'got {name!r}, expected {_CHOICES}')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')

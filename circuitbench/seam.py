@@ -45,33 +45,37 @@ def _tap_groups(tap, site: str, v: Tensor, heads: int) -> Tensor:
 
 # %% ../nbs/03_seam.ipynb #step-size
 def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    "dt as the scan takes it: float32 at least, bias and softplus applied."
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     if bias is not None: dt = dt + bias
     return F.softplus(dt) if softplus else dt
 
 def mamba2_chunk_scan(live, original: Callable) -> Callable:
     "A whole prompt of Mamba-2: transformers' `mamba2_chunk_scan`, the same arguments and results."
-    def mamba2_chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
-                          dt_limit=(0., float('inf')), return_final_states=False, **kwargs):
+    def _replacement(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None,
+                     dt_softplus=False, dt_limit=(0., float('inf')), return_final_states=False, **kwargs):
         dt = _step_size(dt, dt_bias, dt_softplus).clamp(*dt_limit)
         y, S = tapped_scan(live.tap, hidden_states, dt, A, B, C, D, initial_states)
         return (y, S) if return_final_states else y
-    return mamba2_chunk_scan
+    return _replacement
 
 def mamba2_state_update(live, original: Callable) -> Callable:
     "One decoding step of Mamba-2: transformers' `mamba2_selective_state_update`; writes the new state into `state`."
-    def mamba2_selective_state_update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs):
-        dt = _step_size(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)      # transformers repeats these along d_head and d_state
-        y, S = tapped_scan(live.tap, hidden_states[:, None], dt[:, None], A[:, 0, 0], B[:, None], C[:, None], None if D is None else D[:, 0], state)
+    def _replacement(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs):
+        # transformers repeats dt, A and D along d_head and d_state: one entry is enough
+        dt_bias, D = (None if v is None else v[:, 0] for v in (dt_bias, D))
+        dt = _step_size(dt[..., 0], dt_bias, dt_softplus)
+        y, S = tapped_scan(live.tap, hidden_states[:, None], dt[:, None], A[:, 0, 0], B[:, None], C[:, None], D, state)
         state.copy_(S)
         y = y[:, 0] if z is None else y[:, 0]*F.silu(z)
         return y.to(hidden_states.dtype)
-    return mamba2_selective_state_update
+    return _replacement
 
 # %% ../nbs/03_seam.ipynb #selective
 def _selective(live, x, dt, A, B, C, D, z, state):
-    "Mamba-1 with (batch, pos, channel) tensors: gated read-out (batch, pos, channel) and the state (batch, channel, d_state)."
-    y, S = tapped_scan(live.tap, x[..., None], dt, A, B[:, :, None], C[:, :, None], D, None if state is None else state[:, :, None])
+    "Mamba-1 with x, dt, z and the gated read-out (batch, pos, channel); the state is (batch, channel, d_state)."
+    state = None if state is None else state[:, :, None]
+    y, S = tapped_scan(live.tap, x[..., None], dt, A, B[:, :, None], C[:, :, None], D, state)
     if z is not None:
         gate = F.silu(z)
         if live.tap is not None: gate = live.tap('ssm.gate', gate[..., None])[..., 0]
@@ -80,30 +84,33 @@ def _selective(live, x, dt, A, B, C, D, z, state):
 
 def mamba1_scan(live, original: Callable) -> Callable:
     "A whole prompt of Mamba-1: transformers' `mamba_selective_scan`, the same arguments and results."
-    def mamba_selective_scan(hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **kwargs):
-        x, dt, B, C = (v.transpose(1, 2) for v in (hidden_states, dt, B, C))
-        y, S = _selective(live, x, _step_size(dt, delta_bias, delta_softplus), A, B, C, D, None if z is None else z.transpose(1, 2), live.state)
+    def _replacement(hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                     return_last_state=False, **kwargs):
+        x, dt, B, C, z = (None if v is None else v.transpose(1, 2) for v in (hidden_states, dt, B, C, z))
+        y, S = _selective(live, x, _step_size(dt, delta_bias, delta_softplus), A, B, C, D, z, live.state)
         return (y.transpose(1, 2), S) if return_last_state else y.transpose(1, 2)
-    return mamba_selective_scan
+    return _replacement
 
 def mamba1_state_update(live, original: Callable) -> Callable:
     "One decoding step of Mamba-1: transformers' `mamba_selective_state_update`; writes the new state into `state`."
-    def mamba_selective_state_update(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs):
-        x, dt, B, C = (v[:, None] for v in (hidden_states, _step_size(dt, dt_bias, dt_softplus), B, C))
-        y, S = _selective(live, x, dt, A, B, C, D, None if z is None else z[:, None], state)
+    def _replacement(state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs):
+        dt = _step_size(dt, dt_bias, dt_softplus)
+        x, dt, B, C, z = (None if v is None else v[:, None] for v in (hidden_states, dt, B, C, z))
+        y, S = _selective(live, x, dt, A, B, C, D, z, state)
         state.copy_(S)
         return y[:, 0].to(hidden_states.dtype)
-    return mamba_selective_state_update
+    return _replacement
 
 # %% ../nbs/03_seam.ipynb #conv
 def conv(live, original: Callable) -> Callable:
-    "The short convolution: `causal_conv1d_fn` and `causal_conv1d_update`, output (batch, channel, pos) shown as `ssm.conv` (batch, pos, channel)."
-    def causal_conv1d(*args, **kwargs):
+    "The short convolution, `causal_conv1d_fn` or `causal_conv1d_update`, its output shown as `ssm.conv`."
+    def _replacement(*args, **kwargs):
+        # transformers' axes are (batch, channel, pos)
         y = original(*args, **kwargs)
         if live.tap is None or not live.tap.wants('ssm.conv'): return y
         before, here = y[..., :-live.length], y[..., -live.length:]
         return torch.cat([before, live.tap('ssm.conv', here.transpose(1, 2)).transpose(1, 2)], -1)
-    return causal_conv1d
+    return _replacement
 
 @contextmanager
 def swapped(

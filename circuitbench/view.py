@@ -6,7 +6,7 @@
 __all__ = ['page', 'save_page', 'Inspector', 'bars', 'columns', 'heatmap', 'histogram', 'lines', 'table', 'text_diff',
            'token_strip', 'wrap', 'STYLE']
 
-# %% ../nbs/05_view.ipynb #fc0638e4
+# %% ../nbs/05_view.ipynb #137bd3df
 import asyncio
 import os
 from inspect import signature
@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import ipywidgets as widgets
+from IPython.display import display
 from traitlets import TraitError
 
 from .chart import bars, heatmap, histogram, lines  # noqa: F401
@@ -150,6 +151,7 @@ class Inspector(widgets.VBox):
         head = [widgets.HTML(f'<strong>{esc(title)}</strong>')] if title else []
         bar = widgets.HBox(rows, layout=widgets.Layout(flex_flow='row wrap', grid_gap='4px 16px'))
         super().__init__([*head, bar, self._picture])
+        self.add_class('cbv-live')
         self._draw()
         for w in self.controls.values(): w.observe(self._moved, 'value')
 
@@ -233,6 +235,16 @@ class Inspector(widgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         "Give the live widget, and the current picture with the controls' values for where there is no kernel."
-        body = f'<div class="note">{esc(self._said())}</div>{self.html}'
+        body = f'<div class="still"><div class="note">{esc(self._said())}</div>{self.html}</div>'
         live = super()._repr_mimebundle_(**kwargs) or {}
         return live | {'text/plain': repr(self), 'text/html': wrap(body, self.title, 'div')}
+
+    def _ipython_display_(self):
+        """Show the widget, and after it the current picture, which the style hides while the widget is alive.
+
+        In one bundle JupyterLab would choose the widget, and without its kernel say only that it is missing.
+        """
+        still = self._repr_mimebundle_()
+        live = {k: still.pop(k) for k in list(still) if 'widget' in k}
+        display(live | {'text/plain': still['text/plain'], 'text/html': ''}, raw=True)
+        display(still, raw=True)

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--no-first-run']
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update',
+         '--no-first-run']
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -59,7 +60,7 @@ def jupyter_lab(folder: Path):
     "The address of a JupyterLab that serves a folder on loopback without a token, with settings of its own."
     home = Path(folder) / '.jupyter-home'
     (home / 'labconfig').mkdir(parents=True)
-    news = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}       # its dialog covers the page
+    news = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}     # its dialog covers all
     (home / 'labconfig' / 'page_config.json').write_text(json.dumps(news))
     places = ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_SETTINGS_DIR',
               'JUPYTERLAB_WORKSPACES_DIR', 'IPYTHONDIR')
@@ -68,11 +69,12 @@ def jupyter_lab(folder: Path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    args = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0',
-            '--IdentityProvider.token=', '--PasswordIdentityProvider.hashed_password=', f'--ServerApp.root_dir={folder}',
-            '--LabApp.expose_app_in_browser=True']
+    args = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}',
+            '--ServerApp.port_retries=0', '--IdentityProvider.token=', '--PasswordIdentityProvider.hashed_password=',
+            f'--ServerApp.root_dir={folder}', '--LabApp.expose_app_in_browser=True']
     log = open(home / 'log', 'w+')
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *args], env=env, stdout=log, stderr=subprocess.STDOUT)
+    command = [sys.executable, '-m', 'jupyterlab', *args]
+    server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         url, until = f'http://127.0.0.1:{port}', time.monotonic() + 60
         while not _answers(url + '/api'):
@@ -96,7 +98,8 @@ def _answers(url):
 def notebook_page(browser, lab, cells, name='inspect.ipynb', **options):
     "A notebook of code cells in JupyterLab, each run with Shift+Enter; yields the page when the last one is done."
     url, folder = lab
-    code = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate(cells)]
+    code = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=[], execution_count=None)
+            for i, s in enumerate(cells)]
     kernel = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}}
     (folder / name).write_text(json.dumps(dict(cells=code, metadata=kernel, nbformat=4, nbformat_minor=5)))
     options = {'viewport': {'width': 1200, 'height': 900}} | options

@@ -1,6 +1,7 @@
-"""Mamba-1 and Mamba-2 in float64 numpy, a step at a time, straight from the papers' equations: every site of every block.
+"""Mamba-1 and Mamba-2 in float64 numpy, a step at a time, straight from the papers' equations: every site of a model.
 
-Shares no code with the package; reads a transformers state dict. Letters as in the papers: b batch, l position, h head, p d_head, n d_state.
+Shares no code with the package; reads a transformers state dict.
+Letters as in the papers: b batch, l position, h head, p d_head, n d_state.
 """
 import numpy as np
 
@@ -36,6 +37,10 @@ def scan(x, dt, A, B, C, D):
     return y, (decay if A.ndim == 2 else decay[..., 0]), np.stack(writes, 1), np.stack(states, 1)
 
 
+def show(site, **values):
+    for name, v in values.items(): site(f'ssm.{name}', v)
+
+
 def mamba2_block(w, c, u, site):
     b, l, _ = u.shape
     inner, g, n, h = int(c.expand*c.hidden_size), c.n_groups, c.state_size, c.num_heads
@@ -47,7 +52,7 @@ def mamba2_block(w, c, u, site):
     x, dt = x.reshape(b, l, h, -1), softplus(dt + w['dt_bias'])
     y, decay, write, state = scan(x, dt, -np.exp(w['A_log']), B, C, w['D'])
     gate = silu(z).reshape(x.shape)
-    for name, v in dict(x=x, dt=dt, B=B, C=C, decay=decay, write=write, state=state, y=y, gate=gate).items(): site(f'ssm.{name}', v)
+    show(site, x=x, dt=dt, B=B, C=C, decay=decay, write=write, state=state, y=y, gate=gate)
     gated = (y*gate).reshape(b, l, g, -1)
     return rms(gated, w['norm.weight'].reshape(g, -1), c.layer_norm_epsilon).reshape(b, l, inner)
 
@@ -61,7 +66,7 @@ def mamba1_block(w, c, u, site):
     B, C = (np.repeat(v[:, :, None], inner, 2) for v in (B, C))
     x, gate = x[..., None], silu(z)[..., None]
     y, decay, write, state = scan(x, dt, -np.exp(w['A_log']), B, C, w['D'])
-    for name, v in dict(x=x, dt=dt, B=B, C=C, decay=decay, write=write, state=state, y=y, gate=gate).items(): site(f'ssm.{name}', v)
+    show(site, x=x, dt=dt, B=B, C=C, decay=decay, write=write, state=state, y=y, gate=gate)
     return (y*gate)[..., 0]
 
 
@@ -74,7 +79,8 @@ def run(hf, ids):
         def site(name, v, i=i):
             sites[f'blocks.{i}.{name}'] = v
             return v
-        lw = {k.removeprefix(f'backbone.layers.{i}.mixer.'): v for k, v in w.items() if k.startswith(f'backbone.layers.{i}.mixer.')}
+        prefix = f'backbone.layers.{i}.mixer.'
+        lw = {k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)}
         site('resid_pre', r)
         u = site('mixer_in', rms(r, w[f'backbone.layers.{i}.norm.weight'], c.layer_norm_epsilon))
         out = site('mixer_out', site('ssm.out_proj_in', block(lw, c, u, site)) @ lw['out_proj.weight'].T)

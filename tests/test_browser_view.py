@@ -1,4 +1,5 @@
 """Views, pages and the Inspector in a real browser."""
+import json
 import re
 
 import numpy as np
@@ -18,18 +19,20 @@ def browser():
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
     "A page with every view on it."
-    words, wave = ['The', ' capital', ' of', '\n', ' France'], np.outer(np.sin(np.arange(60) / 9), np.cos(np.arange(50) / 5))
+    words = ['The', ' capital', ' of', '\n', ' France']
+    wave = np.outer(np.sin(np.arange(60) / 9), np.cos(np.arange(50) / 5))
     wave[2, 1] = np.nan
     sections = [
         ('Tokens', cv.token_strip(words, [0, 1, -2, 0, 3.5], mark=[2]) + cv.token_strip(words)),
-        ('Heat maps', cv.heatmap([[1, -2], [np.nan, 3]]) + cv.heatmap(wave, rows=[f'r{i}' for i in range(60)], unit='nats')),
+        ('Heat maps', cv.heatmap([[1, -2], [np.nan, 3]])
+         + cv.heatmap(wave, rows=[f'r{i}' for i in range(60)], unit='nats')),
         ('Charts', cv.columns(cv.bars(['a', 'b'], [1, -2], errors=[.2, .1]), cv.histogram(RNG.normal(size=500)))
          + cv.lines({'one': [1, 2, 3], 'two': [3, 2, 1]})),
         ('Texts', cv.text_diff('a b c', 'a c d') + cv.table([[1, 'x']], ['n', 's']))]
     return cv.save_page(tmp_path_factory.mktemp('page') / 'demo.html', 'Demo', sections, lead='All of them.').as_uri()
 
 
-# Contrast of each visible piece of text against what is painted under it; 99 texts at most are enough to say which fail.
+# Contrast of each piece of text against what is painted under it.
 CONTRAST = """() => {
   const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
   const rgba = css => { paint.clearRect(0, 0, 1, 1); paint.fillStyle = css; paint.fillRect(0, 0, 1, 1);
@@ -40,7 +43,8 @@ CONTRAST = """() => {
                                                          if (c[3] > 250) return c } return [255, 255, 255, 255] };
   const out = [];
   for (const e of document.querySelectorAll('body *')) {
-    if (e.closest('svg,style,script') || ![...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim())) continue;
+    const own = [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
+    if (e.closest('svg,style,script') || !(own || e.dataset.s)) continue;
     const [a, b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
     out.push([(a + .05) / (b + .05), e.tagName + ' ' + e.textContent.slice(0, 30)]);
   }
@@ -66,7 +70,7 @@ def test_switch_goes_to_the_other_theme_and_back(browser, demo):
             page.goto(demo)
             ground = lambda: page.evaluate('getComputedStyle(document.body).backgroundColor')
             seen_first = ground()
-            page.keyboard.press('Tab'), page.keyboard.press('Tab'), page.keyboard.press('Enter')     # past the skip link
+            for key in ('Tab', 'Tab', 'Enter'): page.keyboard.press(key)                    # past the skip link
             other = ground()
             assert not [r for r in page.evaluate(CONTRAST) if r[0] < 4.5]
             page.locator('#theme').click()
@@ -94,11 +98,26 @@ def test_keyboard_reaches_tokens_and_reads_them_out(browser, demo):
         assert out.text_content() == "4: ' France' = 3.5" and seen.errors == []
 
 
+MIDDLE = """e => { e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();
+                   return [r.left + r.width / 2, r.top + r.height / 2] }"""
+
+
+def test_charts_read_out_their_values(browser, demo):
+    with watched_page(browser) as (page, seen):
+        page.goto(demo)
+        said = {'rect.bar': 'a: 1 ± 0.2', 'path.pt': 'one, x 0: 1', 'svg.cells rect': 'row 0, column 0: 1 '}
+        for what, says in said.items():
+            part = page.locator(what).first
+            page.mouse.move(*part.evaluate(MIDDLE))
+            assert part.evaluate("e => e.closest('figure').querySelector('output').textContent") == says
+        assert seen.errors == []
+
+
 def test_a_picture_reads_out_its_values(browser, demo):
     wave = np.outer(np.sin(np.arange(60) / 9), np.cos(np.arange(50) / 5))
     with watched_page(browser) as (page, seen):
         page.goto(demo)
-        svg = page.locator('svg[data-v]')
+        svg = page.locator('svg[data-v]', has=page.locator('image'))
         svg.scroll_into_view_if_needed()
         out, box = page.locator('figure', has=svg).locator('output'), svg.bounding_box()
         for i, j in ((0, 0), (10, 20), (59, 49)):
@@ -118,7 +137,8 @@ import numpy as np
 
 def state(step=3, head=0, name='x'):
     if step == 5: raise ValueError('no <step> 5')
-    return heatmap(np.outer(np.sin(np.arange(12) + step), np.cos(np.arange(16) * (head + 1))), title=f'{name} {step} {head}')
+    wave = np.outer(np.sin(np.arange(12) + step), np.cos(np.arange(16) * (head + 1)))
+    return heatmap(wave, title=f'{name} {step} {head}')
 
 Inspector(state, 'The state', step=(0, 9), head=(0, 3), name='x', play=['step'])
 """
@@ -127,15 +147,15 @@ Inspector(state, 'The state', step=(0, 9), head=(0, 3), name='x', play=['step'])
 @pytest.mark.slow
 def test_inspector_in_jupyterlab(browser, tmp_path):
     with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, [CELL]) as (page, seen):
-        caption = page.locator('.jp-OutputArea figcaption')
+        caption = page.locator('.cbv-live figcaption')
         caption.filter(has_text='x 3 0').wait_for()
-        first = page.locator('.jp-OutputArea svg.cells').inner_html()
+        first = page.locator('.cbv-live svg.cells').inner_html()
         step = page.locator('.noUi-handle').first
         step.press('ArrowRight')
         caption.filter(has_text='x 4 0').wait_for()
-        assert page.locator('.jp-OutputArea svg.cells').inner_html() != first
+        assert page.locator('.cbv-live svg.cells').inner_html() != first
         step.press('ArrowRight')                                       # an error stands where the picture stood
-        page.locator('.jp-OutputArea [role=alert]', has_text='ValueError: no <step> 5').wait_for()
+        page.locator('.cbv-live [role=alert]', has_text='ValueError: no <step> 5').wait_for()
         step.press('ArrowRight')
         caption.filter(has_text='x 6 0').wait_for()
         page.locator('.noUi-handle').nth(1).press('ArrowRight')
@@ -147,7 +167,25 @@ def test_inspector_in_jupyterlab(browser, tmp_path):
         caption.filter(has_text='y 9 1').wait_for()                    # it walks to the end
         for theme in ('JupyterLab Dark', 'JupyterLab Light'):
             set_theme(page, theme)
-            ground = page.locator('.cbv').first.evaluate('e => getComputedStyle(e).backgroundColor')
+            ground = page.locator('.cbv-live .cbv').first.evaluate('e => getComputedStyle(e).backgroundColor')
             assert ground == ('rgb(22, 25, 30)' if 'Dark' in theme else 'rgb(255, 255, 255)')
+        assert page.locator('.still').count() == 1 and not page.locator('.still').is_visible()
         assert seen.errors == []
         assert all(re.match(r'(http://127\.0\.0\.1:|blob:)', u) for u in seen.requests)
+
+
+@pytest.mark.slow
+def test_saved_inspector_shows_without_its_kernel(browser, tmp_path):
+    with jupyter_lab(tmp_path) as lab:
+        with notebook_page(browser, lab, [CELL]) as (page, _):
+            page.locator('.jp-OutputArea .noUi-handle').first.wait_for()
+            page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+            saved = json.loads((tmp_path / 'inspect.ipynb').read_text())
+        assert 'widgets' not in saved['metadata'] and len(saved['cells'][0]['outputs']) == 2
+        for trusted, source in ((True, CELL), (False, CELL + '# changed')):    # a changed notebook is not trusted
+            saved['cells'][0]['source'] = source
+            (tmp_path / f'{trusted}.ipynb').write_text(json.dumps(saved))
+            with watched_page(browser) as (page, _):
+                page.goto(f'{lab[0]}/lab/tree/{trusted}.ipynb')
+                page.locator('.jp-OutputArea figcaption', has_text='x 3 0').wait_for()
+                assert page.locator('.noUi-handle').count() == 0

@@ -2,11 +2,29 @@
 import pytest
 import torch
 
-from circuitbench.edit import Edit, Edits, add, apply, check_at, edited, live, mean, patch, positions, project_out, resample, scale, zero
+from circuitbench.edit import (
+    Edit,
+    Edits,
+    add,
+    apply,
+    check_at,
+    edited,
+    live,
+    mean,
+    patch,
+    positions,
+    project_out,
+    resample,
+    scale,
+    zero,
+)
 
 x = torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(0))
 other = torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(1))
-EDITS = [zero('s'), scale('s', -2.), add('s', torch.ones(3)), patch('s', other), mean('s', other), project_out('s', torch.tensor([1., 2., 3.])), resample('s', other)]
+EDITS = [zero('s'), scale('s', -2.), add('s', torch.ones(3)), patch('s', other), mean('s', other),
+         project_out('s', torch.tensor([1., 2., 3.])), resample('s', other)]
+ROWS = {'None': range(6), '2': [2], '-1': [5], '[1, 4]': [1, 4], 'slice(3, None, None)': [3, 4, 5],
+        'every:2': [0, 2, 4]}                                                # str(at) -> positions
 
 
 @pytest.mark.parametrize('e', EDITS, ids=lambda e: e.label)
@@ -16,10 +34,7 @@ def test_an_edit_is_the_formula_where_it_applies_and_nothing_elsewhere(e, at, he
     full = edited(e, x)
     got = edited((.3*e).at(at).heads(heads), x)
     chosen = torch.zeros(6, 4, dtype=torch.bool)
-    rows = {None: range(6), 2: [2], -1: [5], (1, 4): [1, 4]}.get(tuple(at) if isinstance(at, list) else at if not isinstance(at, slice) else 'x')
-    if isinstance(at, slice): rows = [3, 4, 5]
-    if at == 'every:2': rows = [0, 2, 4]
-    for r in rows: chosen[r, [1] if heads == 1 else heads or list(range(4))] = True
+    for r in ROWS[str(at)]: chosen[r, [1] if heads == 1 else heads or list(range(4))] = True
     assert torch.equal(got[:, ~chosen], x[:, ~chosen])
     assert torch.allclose(got[:, chosen], (x + .3*(full - x))[:, chosen], atol=1e-6)
 
@@ -40,7 +55,8 @@ def test_algebra():
     assert (2*(3*e)).s == (6*e).s and list(2*(e | g)) == [2*e, 2*g]
     assert live(0*e | g | 0.*h) == Edits((g,)) and live(None) == () and live(e) == (e,)
     s = torch.tensor(0.)
-    assert live(s*e) and repr(.5*zero('blocks.0.ssm.y', at=3, heads=[1])) == '0.5*zero(blocks.0.ssm.y, at=3, heads=(1,))'
+    assert live(s*e)
+    assert repr(.5*zero('blocks.0.ssm.y', at=3, heads=[1])) == '0.5*zero(blocks.0.ssm.y, at=3, heads=(1,))'
 
 
 def test_slope_is_attribution_and_its_mean_the_exact_effect():
@@ -56,14 +72,20 @@ def test_slope_is_attribution_and_its_mean_the_exact_effect():
 
 def test_positions_while_text_grows():
     assert positions(-1, 9, 10, 5) == ([], []) and positions(-1, 4, 5, 5) == ([4], [0])
-    assert positions(check_at([7, 2]), 0, 10, 10) == ([7, 2], [0, 1]) and positions(slice(-2, None), 0, 8, 5) == ([3, 4, 5, 6, 7], [0, 1, 2, 3, 4])
+    assert positions(check_at([7, 2]), 0, 10, 10) == ([7, 2], [0, 1])
+    assert positions(slice(-2, None), 0, 8, 5) == ([3, 4, 5, 6, 7], [0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: zero('s', at='odd'), 'every:N'), (lambda: zero('s', at=3.5), 'expected None, an int'), (lambda: float('inf')*zero('s'), 'finite'),
-    (lambda: project_out('s', torch.zeros(3)), 'norm 0'), (lambda: mean('s', x, over='heads'), "'all', 'batch', 'pos'"),
-    (lambda: edited(patch('s', other[:, :2]), x), '2 positions'), (lambda: edited(apply('s', lambda v: v[..., :2]), x), 'gave shape'),
-    (lambda: edited(zero('s', heads=9), x), 'expected 0 to 3'), (lambda: live([3]), 'expected Edit')])
+    (lambda: zero('s', at='odd'), 'every:N'),
+    (lambda: zero('s', at=3.5), 'expected None, an int'),
+    (lambda: float('inf')*zero('s'), 'finite'),
+    (lambda: project_out('s', torch.zeros(3)), 'norm 0'),
+    (lambda: mean('s', x, over='heads'), "'all', 'batch', 'pos'"),
+    (lambda: edited(patch('s', other[:, :2]), x), '2 positions'),
+    (lambda: edited(apply('s', lambda v: v[..., :2]), x), 'gave shape'),
+    (lambda: edited(zero('s', heads=9), x), 'expected 0 to 3'),
+    (lambda: live([3]), 'expected Edit')])
 def test_errors(call, message):
     with pytest.raises((ValueError, TypeError), match=message): call()
 

@@ -1,4 +1,6 @@
-"""Every family: sites against a float64 model written apart, edits that propagate, generation, padding, gradients, hooks that go away."""
+"""Every family: sites against a float64 model written apart, edits that propagate, generation, padding, gradients,
+and hooks that go away.
+"""
 import oracle
 import pytest
 import torch
@@ -13,8 +15,9 @@ def top(x): return float(x.detach().abs().max())
 
 def clean(model):
     "No hook is left and the module's functions are transformers' own."
-    return (not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
-            and all(getattr(model._module, f).__module__ == model._module.__name__ and '<locals>' not in getattr(model._module, f).__qualname__ for f in model.adapter.functions))
+    functions = [getattr(model._module, name) for name in model.adapter.functions]
+    own = all(f.__module__ == model._module.__name__ and '<locals>' not in f.__qualname__ for f in functions)
+    return own and not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
 
 
 def test_every_site_equals_the_float64_model(model, ids):
@@ -39,7 +42,7 @@ def test_other_dtypes(model, ids, dtype):
     truth = torch.from_numpy(oracle.run(other.hf, ids)['logits'])
     ours, theirs = (other.run(ids, backend=b).logits.double() for b in ('circuitbench', 'transformers'))
     assert other.run_with_cache(ids, 'ssm.out_proj_in')[1]['blocks.0.ssm.out_proj_in'].dtype == dtype
-    if dtype == torch.float64: assert top(ours - truth) < 1e-5                # A and the rms norms stay float32 in transformers
+    if dtype == torch.float64: assert top(ours - truth) < 1e-5     # A and the rms norms stay float32 in transformers
     else: assert top(ours - truth) <= 1.2*top(theirs - truth) < .2*top(truth)
 
 
@@ -53,15 +56,18 @@ def test_zero_strength_is_the_clean_run_bit_for_bit(model, ids):
 
 def test_an_identity_edit_changes_nothing_at_any_site(model, ids):
     want = model.run(ids).logits
-    for name in model._names: assert top(model.run(ids, edit=apply(name, lambda x: x.clone())).logits - want) < 2e-6*top(want), name
+    for name in model._names:
+        got = model.run(ids, edit=apply(name, lambda x: x.clone())).logits
+        assert top(got - want) < 2e-6*top(want), name
 
 
 def test_an_edit_at_t_changes_nothing_before_t_and_something_after(model, ids):
-    want = model.run(ids, edit=add('blocks.*.ssm.state', torch.zeros(()), at=8)).logits      # the same cuts of the scan
+    cut = add('blocks.*.ssm.state', torch.zeros(()), at=8)           # the scan is cut at the same step in both runs
+    want = model.run(ids, edit=cut).logits
     for name in model._names:
-        got = model.run(ids, edit=add(name, torch.ones(()), at=8) | add('blocks.*.ssm.state', torch.zeros(()), at=8)).logits
-        change = (got - want).abs().amax((0, 2))
-        assert top(change[:8]) < 1e-6*top(want) and top(change[8:]) > 1e-4, name             # rounding: B and C of one head each take the loop
+        change = (model.run(ids, edit=add(name, torch.ones(()), at=8) | cut).logits - want).abs().amax((0, 2))
+        # not zero before t, by rounding: B and C of one head each take the loop
+        assert top(change[:8]) < 1e-6*top(want) and top(change[8:]) > 1e-4, name
 
 
 def test_state_edit_goes_on_as_the_equations_say(model, ids):
@@ -69,7 +75,7 @@ def test_state_edit_goes_on_as_the_equations_say(model, ids):
     name, t = 'blocks.0.ssm.state', 5
     shape = model.site_shape(name, 2, 1)
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    _, before = model.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.decay', 'blocks.0.ssm.C', 'blocks.0.ssm.y'])
+    _, before = model.run_with_cache(ids, [f'blocks.0.ssm.{s}' for s in ('state', 'decay', 'C', 'y')])
     _, after = model.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.y'], edit=add(name, delta, at=t))
     a = before['blocks.0.ssm.decay'][:, t + 1:].double().cumprod(1)
     a = a[..., None, None] if a.dim() == 3 else a[:, :, :, None]
@@ -101,17 +107,19 @@ def test_heads_and_positions(model, ids):
 
 
 def test_interchange_gives_the_other_run(model, ids):
-    "Everything that a later position can know of the past is the state and the convolution's window: patch the residual stream and get the other run."
+    "Patch the whole residual stream after the last block and get the other run."
     other = ids.roll(1, 0)
+    name = 'blocks.1.resid_post'
     want, source = model.run_with_cache(other, 'blocks.*.resid_post')
-    got = model.run(ids, edit=patch('blocks.1.resid_post', source['blocks.1.resid_post'])).logits
+    got = model.run(ids, edit=patch(name, source[name])).logits
     assert top(got - want.logits) < 1e-5
-    averaged = model.run_with_cache(ids, 'blocks.1.resid_post', edit=mean('blocks.1.resid_post', source['blocks.1.resid_post']))[1]['blocks.1.resid_post']
-    assert top(averaged - source['blocks.1.resid_post'].mean((0, 1))) < 1e-6
+    _, averaged = model.run_with_cache(ids, name, edit=mean(name, source[name]))
+    assert top(averaged[name] - source[name].mean((0, 1))) < 1e-6
 
 
 def test_generation_equals_uncached(model, ids):
-    edit = add('blocks.0.ssm.state', torch.full((), .5), at=[3, 22]) | scale('blocks.1.ssm.out_proj_in', 1.5, at=slice(20, None))
+    edit = (add('blocks.0.ssm.state', torch.full((), .5), at=[3, 22])
+            | scale('blocks.1.ssm.out_proj_in', 1.5, at=slice(20, None)))
     for e in ((), edit):
         gen = model.generate(ids, 6, edit=e, names='*')
         grown = ids
@@ -121,10 +129,12 @@ def test_generation_equals_uncached(model, ids):
         assert torch.equal(gen.tokens, grown)
         _, cache = model.run_with_cache(grown[:, :-1], '*', edit=e)
         for n in cache:
-            pos = gen.cache.positions(n)                                       # transformers computes just the last logits of a prompt
-            assert pos == list(range(20 if n == 'logits' else 0, 26)) and gen.cache[n].shape[1] == len(pos), n
+            pos = gen.cache.positions(n)
+            first = 20 if n == 'logits' else 0                 # transformers computes just a prompt's last logits
+            assert pos == list(range(first, 26)) and gen.cache[n].shape[1] == len(pos), n
             assert top(gen.cache[n] - cache[n][:, pos]) < 3e-5*max(1, top(cache[n])), n
-    assert torch.equal(model.generate(ids, 6).tokens, model.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0))
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(ids, 6).tokens, model.hf.generate(ids, **options))
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
@@ -179,20 +189,23 @@ def test_errors_say_what_was_got_and_expected(model, ids):
     with pytest.raises(SiteError, match=r'blocks 0 to 1'): model.run_with_cache(ids, 'blocks.7.ssm.y')
     with pytest.raises(SiteError, match='nearest: .*ssm.state'): model.run_with_cache(ids, 'blocks.0.ssm.stat')
     with pytest.raises(SiteError, match='does not have there'): model.run(ids, edit=zero('blocks.0.attn.q'))
-    with pytest.raises(ValueError, match='got position 40 .* expected -21 to 20'): model.run(ids, edit=zero('ssm.y', at=40))
+    with pytest.raises(ValueError, match='got position 40 .* expected -21 to 20'):
+        model.run(ids, edit=zero('ssm.y', at=40))
     with pytest.raises(ValueError, match='has none'): model.run(ids, edit=zero('resid_post', heads=1))
     with pytest.raises(ValueError, match='expected 0 to'): model.run_with_cache(ids, 'ssm.y', heads=999)
     with pytest.raises(ValueError, match='empty prompt'): model.run('')
     with pytest.raises(ValueError, match='token ids'): model.run([5, 9999])
     with pytest.raises(ValueError, match='backend'): model.run(ids, backend='jax')
-    with pytest.raises(ValueError, match='cannot be listened to'): model.run_with_cache(ids, 'ssm.state', backend='transformers')
+    with pytest.raises(ValueError, match='cannot be listened to'):
+        model.run_with_cache(ids, 'ssm.state', backend='transformers')
     with pytest.raises(ValueError, match='finite'): model.run(ids, edit=float('nan')*zero('ssm.y'))
     with pytest.raises(TypeError, match='expected Edit'): model.run(ids, edit=['ssm.y'])
     assert clean(model)
 
 
 def test_what_does_not_fit_is_refused_before_it_runs(model):
-    with pytest.raises(ValueError, match=r'GiB .* free'): model.run(torch.zeros(1, 1, dtype=torch.long).expand(1, 2**27))
+    endless = torch.zeros(1, 1, dtype=torch.long).expand(1, 2**27)
+    with pytest.raises(ValueError, match=r'GiB .* free'): model.run(endless)
     share, model.share = model.share, 1e-9
     try:
         with pytest.raises(ValueError, match=r'ways out: at='): model.run_with_cache([1, 2, 3], 'ssm.state')

