@@ -221,7 +221,7 @@ def n_gram_bits(order, tok):
 def figures(folder):
     "Measures the weights as they are in a folder: all held-out verses, all 490 held-out facts, 500 prompts of the other kinds."
     fast_scans()
-    model, tok = AutoModelForCausalLM.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
     call = lambda ids: model(ids, use_cache=False)
     return dict(bits=bits_per_byte(call, text('held'), tok), **{k: score(call, k, tokenizer=tok) for k in TASKS})
 
@@ -234,7 +234,7 @@ def evaluate(folder):
     for k, v in figures(folder).items(): print(f'{k:24} {v:.4f}')
     for order, what in ((1, 'unigram'), (4, '4-gram, back-off')): print(f'{what:24} {n_gram_bits(order, tok):.4f}')
     fast_scans()
-    model, hf = AutoModelForCausalLM.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    model, hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
     by = {}
     for p in facts(): by.setdefault(p.detail, []).append(p)
     for wording, prompts in by.items():

@@ -344,6 +344,6 @@ class HookInspector(Inspector):
         def _view(site='ssm.state', block=0, head=0, position=last, scalar='norm'):
             return activation_view(cache, site, block, head, position, scalar)
         limit = {'block': lambda v: {'max': 0 if v['site'] in ('embed', 'logits') else top_block},
-                 'head': lambda v: {'max': top_head if model._site(v['site']).has_heads else 0}}
+                 'head': lambda v: {'max': top_head if model.adapter.site(v['site']).has_heads else 0}}
         super().__init__(_view, f'{model.name}: every site of one run', play=('position',), depends=limit, site=shorts,
                          block=(0, top_block), head=(0, top_head), position=(0, last), scalar=list(SCALARS))

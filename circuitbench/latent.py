@@ -330,4 +330,4 @@ class SAEInspector(Inspector):
         first = [(label, j) for label, j in self._offer(self.values['sort'], self.values['search'])[:latents] if j is not None]
         folded = ''.join(f'<details><summary>{esc(label)}</summary>{latent_view(self.report, j)}</details>' for label, j in first)
         listed = latent_table(self.report, [j for _, j in first]) + wrap(folded, tag='div')
-        return save_page(path, self.title, [('Chosen', self.html), ('All latents', overview(self.report)), ('One by one', listed)])
+        return save_page(path, 'Latents', [('Chosen', self.html), ('All latents', overview(self.report)), ('One by one', listed)], self.title)

@@ -222,7 +222,7 @@ def train_sae(
     batch_size: int = 512,  # tokens a step
     site: str | None = None,  # None: model.hook_point
     text: str | Iterable[str] | Tensor | None = None,  # text, lines or token ids, a tenth held out; None: the text that the shipped models read
-    lr: float = 4e-3,
+    lr: float = 5e-3,
     aux: float = 1/32,  # weight of the auxiliary loss
     context: int = 256,  # tokens a row
     seed: int = 0,

@@ -61,12 +61,14 @@ def test_search_and_order_live_in_jupyterlab(browser, tmp_path):
              'shown = sae.inspect(model, tokens=1000)\nshown']
     with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, cells) as (page, seen):
         page.get_by_text('Where it is highest').first.wait_for()
-        title = page.locator('.jp-OutputArea .cbv .hd', has_text='Latent ').first
-        before = title.inner_text()
-        menus = page.locator('.jp-OutputArea select')
-        menus.nth(0).select_option('strongest')
-        menus.nth(1).select_option(index=3)
-        page.wait_for_function("([e, old]) => e.isConnected && e.textContent !== old || !e.isConnected", arg=[title.element_handle(), before])
+        sort, latent = (page.locator('.jp-OutputArea select').nth(i) for i in (0, 1))
+        offered = lambda: latent.evaluate('e => e.options[0].text + e.options[1].text')
+        before = offered()
+        sort.select_option('strongest')
+        page.wait_for_function('([e, old]) => e.options[0].text + e.options[1].text != old', arg=[latent.element_handle(), before])
+        number = latent.evaluate('e => e.options[3].text').split(':')[0]
+        latent.select_option(index=3)
+        page.get_by_text(f'Latent {number} of').first.wait_for()
         search = page.locator('.jp-OutputArea input[type=text]').first
         search.fill('no such token')
         search.press('Enter')

@@ -1,0 +1,31 @@
+"""HookInspector in a real browser: as a file, and live in JupyterLab."""
+import pytest
+from browser import chromium, jupyter_lab, notebook_page, watched_page
+
+from circuitbench.load import load_model
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('site', ['ssm.state', 'ssm.out_proj_in', 'ssm.dt', 'embed', 'logits'])
+def test_a_file_shows_the_site(tmp_path, scheme, site):
+    path = load_model('mock://mamba2-tiny').inspect('Paris is', site=site).to_html(tmp_path/'look.html')
+    with chromium() as browser, watched_page(browser, color_scheme=scheme) as (page, seen):
+        page.goto(path.as_uri())
+        assert page.locator('.tk span').count() == 8 and page.locator('svg').count() >= 1
+        assert site in page.inner_text('body')
+        assert not seen.errors and [r for r in seen.requests if not r.startswith('file:')] == []
+
+
+@pytest.mark.slow
+def test_a_slider_moves_the_state_in_jupyterlab(tmp_path):
+    code = "from circuitbench.load import load_model\nload_model('mock://mamba2-tiny').inspect('Paris is', site='ssm.state', position=3)"
+    with chromium() as browser, jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, [code]) as (page, seen):
+        live = page.locator('.cbv-live').first
+        live.wait_for()
+        picture = page.locator('.cbv-live figure').last
+        before = picture.inner_html()
+        handle = page.locator('.noUi-handle[aria-valuenow="3.0"]').first
+        handle.press('ArrowRight')
+        page.wait_for_function('([el, old]) => el.innerHTML !== old', arg=[picture.element_handle(), before])
+        assert 'position 4' in page.inner_text('body') or "'4 " in page.locator('.cbv-live').first.inner_text()
+        assert not seen.errors
