@@ -40,14 +40,15 @@ def positions(
     hi: int,  # one past its last
     prompt: int,  # length of the prompt, for negative positions
 ) -> tuple[list[int], list[int]]:
-    "The chosen absolute positions within [lo, hi), and the rank of each among all chosen ones."
+    "The chosen absolute positions within [lo, hi), ascending, each once, and the rank of each as it was listed."
     if at is None: return list(range(lo, hi)), list(range(lo, hi))
     if isinstance(at, slice):
         start, stop = (None if i is None else i + prompt if i < 0 else i for i in (at.start, at.stop))
         every = range(start or 0, hi if stop is None else stop, at.step or 1)
         return [p for p in every if lo <= p < hi], [r for r, p in enumerate(every) if lo <= p < hi]
-    chosen = [p + prompt if p < 0 else p for p in ((at,) if isinstance(at, int) else at)]
-    hits = [(p, r) for r, p in enumerate(chosen) if lo <= p < hi]
+    chosen = {}
+    for r, p in enumerate((at,) if isinstance(at, int) else at): chosen.setdefault(p + prompt if p < 0 else p, r)
+    hits = sorted((p, r) for p, r in chosen.items() if lo <= p < hi)
     return [p for p, _ in hits], [r for _, r in hits]
 
 # %% ../nbs/02_edit.ipynb #Where
@@ -80,6 +81,7 @@ class Edit:
         object.__setattr__(self, 'pos', check_at(self.pos))
         if self.head is not None:
             head = (self.head,) if isinstance(self.head, int) else tuple(int(h) for h in self.head)
+            if not head or min(head) < 0: raise ValueError(f'got heads={head}, expected one or more head numbers from 0')
             object.__setattr__(self, 'head', head)
 
     def at(self, at: At) -> 'Edit': return replace(self, pos=at)

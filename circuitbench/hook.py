@@ -87,9 +87,9 @@ class HookedModel:
         pad: str = 'right',  # side on which shorter texts of a list are padded
     ) -> tuple[Tensor, Tensor | None]:
         "Token ids (batch, pos) and their mask, None where nothing is padded; ValueError for an empty prompt."
-        if isinstance(prompt, Tensor) or (prompt and not isinstance(prompt, str) and not isinstance(prompt[0], str)):
-            ids, mask = torch.atleast_2d(torch.as_tensor(prompt)), None
-        else: ids, mask = self._padded([prompt] if isinstance(prompt, str) else prompt, pad)
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts): ids, mask = self._padded(texts, pad)
+        else: ids, mask = torch.atleast_2d(torch.as_tensor(prompt)), None
         if not ids.numel(): raise ValueError('got an empty prompt, expected at least one token')
         if ids.min() < 0 or ids.max() >= self.sizes['d_vocab']:
             raise ValueError(f'got token ids from {int(ids.min())} to {int(ids.max())}, '
@@ -101,7 +101,7 @@ class HookedModel:
         if self.tokenizer is None: raise ValueError(f'got text, but {self.name} has no tokenizer; give token ids')
         if pad not in ('left', 'right'): raise ValueError(f"got pad={pad!r}, expected 'left' or 'right'")
         rows = [self.tokenizer(t, add_special_tokens=False)['input_ids'] for t in texts]
-        if not all(rows): raise ValueError('got an empty prompt, expected at least one token')
+        if not rows or not all(rows): raise ValueError('got an empty prompt, expected at least one token')
         fill, n = self.tokenizer.pad_token_id or 0, max(map(len, rows), default=0)
         widen = lambda row, x: [x]*(n - len(row)) + row if pad == 'left' else row + [x]*(n - len(row))
         ids, mask = torch.tensor([widen(r, fill) for r in rows]), torch.tensor([widen([1]*len(r), 0) for r in rows])
@@ -144,12 +144,10 @@ class HookedModel:
         return self._run(prompt, edit, self.site_names(names), at, heads, dtype, mask, pad, grad, backend)
 
     def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend):
-        if backend not in ('circuitbench', 'transformers'):
-            raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
         ids, made = self.tokens(prompt, pad)
         mask = made if mask is None else mask.to(self.device)
         ear = self._listener(names, edit, at, heads, dtype, ids.shape, ids.shape[1], grad)
-        self._check_memory(ear.reads, *ids.shape, grad)
+        self._check_memory(ear.reads, *ids.shape, grad, ids.shape[1])
         with self._listening(ear, backend, grad), torch.enable_grad() if grad else nullcontext():
             logits = self.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
         strings = [self.strings(r) for r in ids] if names else []
@@ -169,10 +167,10 @@ class HookedModel:
     ) -> Generation:
         "Cached generation with edits and reads at every step; greedy unless `do_sample=True`."
         ids, mask = self.tokens(prompt, 'left')
-        n, length = ids.shape[1], ids.shape[1] + max_new_tokens
+        n, length = ids.shape[1], ids.shape[1] + max_new_tokens - 1      # the last token is never read
         names = () if names == () else self.site_names(names)
         ear = self._listener(names, edit, at, heads, None, ids.shape, length, False)
-        self._check_memory(ear.reads, len(ids), length, False)
+        self._check_memory(ear.reads, len(ids), length, False, n)
         fill, rng = self.hf.config.pad_token_id or 0, torch.random.fork_rng(enabled=seed is not None)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill) | kwargs
         with torch.no_grad(), rng, self._listening(ear, backend, cached=True):
@@ -198,7 +196,7 @@ class HookedModel:
                 edits.setdefault(n, []).append(e)
             self._check_positions(e.pos, shape[1], length, e)
         self._check_positions(at, shape[1], length, 'at=')
-        if heads and any(not 0 <= h < self.sizes['head'] for h in heads):
+        if heads is not None and (not heads or any(not 0 <= h < self.sizes['head'] for h in heads)):
             raise ValueError(f"got heads={heads}, expected 0 to {self.sizes['head'] - 1}")
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
         return Listener(reads, edits, shape[1], grad)
@@ -211,7 +209,7 @@ class HookedModel:
                 raise ValueError(f'got position {p} in {what}, expected {-prompt} to {length - 1} '
                                  f'for a prompt of {prompt} tokens')
 
-    def _check_memory(self, reads, batch: int, pos: int, grad: bool):
+    def _check_memory(self, reads, batch: int, pos: int, grad: bool, prompt: int):
         "ValueError with the size and the ways out, before anything is run."
         cuda = self.device.type == 'cuda'
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
@@ -219,15 +217,15 @@ class HookedModel:
         if need > free:
             raise ValueError(f'got a prompt of {batch} x {pos} tokens, whose run needs about {need/2**30:.1f} GiB '
                              f'of the {free/2**30:.1f} GiB that are free; expected fewer or shorter prompts')
-        size = sum(self._bytes(n, r, batch, pos) for n, r in reads.items())
+        size = sum(self._bytes(n, r, batch, pos, prompt) for n, r in reads.items())
         if size > self.share*free:
             raise ValueError(f'got {len(reads)} sites of {size/2**30:.1f} GiB to keep, '
                              f'expected at most {self.share:.0%} of the {free/2**30:.1f} GiB that are free; '
                              'ways out: at=[...], heads=, dtype=torch.bfloat16, fewer names')
 
-    def _bytes(self, name: str, read: Read, batch: int, pos: int) -> float:
+    def _bytes(self, name: str, read: Read, batch: int, pos: int, prompt: int) -> float:
         "The memory that a read takes."
-        shape = self.site_shape(name, batch, len(positions(read.at, 0, pos, pos)[0]))
+        shape = self.site_shape(name, batch, len(positions(read.at, 0, pos, prompt)[0]))
         cells = torch.Size(shape).numel()*(1 if read.heads is None else len(read.heads)/shape[2])
         if name.endswith(('ssm.B', 'ssm.C')): cells /= shape[2]           # views, shared by the heads
         return cells*(read.dtype or (torch.float32 if _short(name) in PER_STEP else self.dtype)).itemsize
@@ -239,6 +237,8 @@ class HookedModel:
     @contextmanager
     def _listening(self, ear: Listener, backend: str, grad: bool = False, cached: bool = False):
         "Puts in what the listener needs, and takes it out on every exit."
+        if backend not in ('circuitbench', 'transformers'):
+            raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
         wanted = dict.fromkeys((*ear.reads, *ear.edits))
         in_scan = [n for n in wanted if _short(n) in self._inside]
         if in_scan and backend == 'transformers':
@@ -324,15 +324,15 @@ def activation_view(
     name = site if site in cache else f'blocks.{block}.{site}'
     value, tokens = cache[name][0].detach().float(), cache.tokens[0]
     has_heads = site in BLOCK_SITES and BLOCK_SITES[site].has_heads
-    if has_heads and value.dim() > 2: value = value[:, head]
-    where = f'{name}, head {head}' if has_heads and value.dim() < cache[name].dim() - 1 else name
+    one_head = has_heads and value.dim() > 2
+    value, where = (value[:, head], f'{name}, head {head}') if one_head else (value, name)
     position = range(len(tokens))[position]
     label = [f'{i} {t}' for i, t in enumerate(tokens)]
     strip = token_strip(tokens, SCALARS[scalar](value), f'{where}: {scalar} at each token', mark=[position])
     if value.dim() == 3:
         where = f'{where} after token {label[position]!r}'
         return strip + heatmap(value[position], title=where, xlabel='d_state', ylabel='d_head', signed=True)
-    xlabel = 'head' if has_heads and value.dim() == 2 and site in ('ssm.dt', 'ssm.decay') else 'component'
+    xlabel = 'head' if has_heads and not one_head else 'component'
     return strip + heatmap(value.flatten(1), rows=label, title=where, xlabel=xlabel, ylabel='token', signed=True)
 
 class HookInspector(Inspector):

@@ -124,11 +124,11 @@ def resolve(
     head = f'got site {pattern!r}' + (f' ({want})' if want != pattern else '')
     _, number, *tail = (want + '..').split('.')
     blocks = sorted({int(n.split('.')[1]) for n in names if n.startswith('blocks.')})
-    if want.startswith('blocks.') and number.isdigit() and int(number) not in blocks:
-        raise SiteError(f'{head}, but the model has blocks 0 to {blocks[-1]}')
+    if want.startswith('blocks.') and number.isdigit() and blocks and int(number) not in blocks:
+        raise SiteError(f'{head}, expected one of blocks {spans(blocks)}')
     one = want.replace('*', number if number.isdigit() else '0')
     near = get_close_matches(one, names, 3, .5) or get_close_matches(want, [*BLOCK_SITES, *MODEL_SITES], 3, .3)
-    raise SiteError(f'{head}, which this model does not have there; '
+    raise SiteError(f'{head}, which is not there; '
                     f"nearest: {', '.join(near) or 'none'}; model.sites() lists all")
 
 # %% ../nbs/10_site.ipynb #Point

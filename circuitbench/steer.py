@@ -39,7 +39,7 @@ def direction_of(
     vector: Tensor | None = None,  # in place of a latent
     site: str | None = None,  # None: the SAE's, or model.hook_point
 ) -> tuple[str, Tensor, str]:
-    "Full site name, unit vector in the shape of the site's axes after `pos`, and what to call it; ValueError for a misfit."
+    "Full site name, unit vector in the shape of the site's axes after `pos`, and its label; ValueError for a misfit."
     if (vector is None) == (feature_id is None):
         raise ValueError(f"got {'neither' if vector is None else 'both'}, expected feature_id= with sae=, or vector=")
     if vector is None: name, vector = _latent(model, feature_id, sae, layer, site)
@@ -49,12 +49,12 @@ def direction_of(
     if vector.numel() != math.prod(shape):
         raise ValueError(f'got a direction of {vector.numel()} numbers, expected {math.prod(shape)} for {name} {shape}')
     norm = (vector := vector.detach().to(model.device).float()).norm()
-    if not (norm > 0 and norm.isfinite()): raise ValueError(f'got a direction of length {float(norm):g}, expected above 0')
+    if not (norm > 0 and norm.isfinite()): raise ValueError(f'got a direction of length {float(norm):g}, expected more')
     return name, (vector/norm).view(shape).to(model.dtype), 'vector' if feature_id is None else f'latent {feature_id}'
 
 def _latent(model, latent, sae, layer, site) -> tuple[str, Tensor]:
     "The site of an SAE in a model, and the decoder row of a latent."
-    if sae is None: raise ValueError(f'got feature_id={latent} without an SAE; expected sae=, such as train_sae(model, ...)')
+    if sae is None: raise ValueError(f'got feature_id={latent} and no SAE, expected sae=, such as train_sae(model, ...)')
     trained_on = getattr(sae, 'model', None)
     if isinstance(trained_on, str) and trained_on not in ('', model.name):
         raise ValueError(f'got an SAE of {trained_on} for {model.name}, expected one that was trained on that model')
@@ -106,7 +106,7 @@ class Steered:
     kl: Tensor
     "(pos,) KL(clean || steered) of the next token at each position of the prompt, nats"
     text_kl: Tensor
-    "(generated,) KL(clean || steered), both reading the steered text, of the distribution that each of its tokens is from"
+    "(generated,) the same along the steered text, read by both models: of the distribution that each token is drawn from"
     scale: float
     "Mean length of the site's clean activation on the prompt: what `strength` adds to."
     again: Callable[[float], 'Steered'] = field(repr=False)
@@ -116,7 +116,7 @@ class Steered:
 
     @property
     def delta_norm(self) -> float:
-        "Euclidean length of steered minus clean logits at the prompt's last position; 0 exactly where the strength is 0."
+        "Euclidean length of steered minus clean logits at the prompt's last position; exactly 0 for strength 0."
         return float((self.steered_logits - self.clean_logits).double().norm())
 
     @property
@@ -137,7 +137,8 @@ class Steered:
 
     def __repr__(self):
         text = f', {self.text_kl_mean:.4f} a token of the steered text' if len(self.text_kl) else ''
-        return (f'{self.label} of {self.site} in {self.model}, strength {self.strength:g} (activations there: {self.scale:.3g})\n'
+        return (f'{self.label} of {self.site} in {self.model}, strength {self.strength:g} '
+                f'(activations there are {self.scale:.3g} long)\n'
                 f'  delta_norm {self.delta_norm:.4g}, KL {self.kl_mean:.4f} nats a token of the prompt{text}\n'
                 f'  prompt:  {self.prompt!r}\n  clean:   {self.clean_text!r}\n  steered: {self.steered_text!r}')
 
@@ -150,7 +151,7 @@ class Steered:
         return _save(self.again, self, path, strengths)
 
     def inspect(self, limit: float | None = None, strengths: Iterable[float] | None = None) -> 'SteerInspector':
-        "The push under a slider from -limit to limit (None: twice this strength), or over `strengths` that are run at once."
+        "The push under a slider from -limit to limit (None: twice this strength), or over `strengths`, run at once."
         return SteerInspector(self, limit, strengths)
 
 # %% ../nbs/60_steer.ipynb #steer
@@ -170,8 +171,8 @@ def steer(
 ) -> Steered:
     """Adds strength times a unit direction at a site, in the forward pass and while generating, and compares.
 
-    Raises ValueError for a strength that is not finite, a latent or layer that there is not, a vector of the wrong size,
-    an SAE of another model, site or width, an empty prompt; SiteError for a site that the layer lacks.
+    Raises ValueError for a strength that is not finite, a latent or layer that there is not, a vector of the wrong
+    size, an SAE of another model, site or width, an empty prompt; SiteError for a site that the layer lacks.
     """
     name, unit, label = direction_of(model, feature_id, sae, layer, vector, site)
     _finite(strength)
@@ -179,8 +180,9 @@ def steer(
         raise ValueError(f'got max_new_tokens={max_new_tokens!r}, expected a whole number from 0')
     ids = model.tokens(prompt)[0]
     if len(ids) != 1: raise ValueError(f'got {len(ids)} prompts, expected one; steer each on its own')
-    n, at = ids.shape[1], _absolute(at, ids.shape[1], max_new_tokens)
-    if options.get('do_sample') and seed is None: seed = int(torch.randint(2**31, ()))    # the same draws for both texts
+    n, said = ids.shape[1], prompt if isinstance(prompt, str) else _text(model, ids[0])
+    at = _absolute(at, n, max_new_tokens)
+    if options.get('do_sample') and seed is None: seed = int(torch.randint(2**31, ()))   # the same draws for both texts
     def _write(edit): return _continued(model, ids, edit, max_new_tokens, seed, options)
     clean, (_, clean_text), scale = model.run(ids).logits[0], _write(()), _typical(model, name, ids)
     def _push(strength):
@@ -191,9 +193,9 @@ def steer(
         if whole.shape[1] > n:
             both = (model.run(whole, edit=e).logits[0, n - 1:-1] for e in ((), _within(edit, whole.shape[1])))
             after = kl_divergence(*both)
-        return Steered(model.name, prompt if isinstance(prompt, str) else _text(model, ids[0]), name, label, float(strength),
-                       edit, tuple(model.strings(ids[0])), clean_text, text, tuple(model.strings(whole[0, n:])),
-                       clean[-1].cpu(), pushed[-1].cpu(), kl_divergence(clean, pushed), after, scale, _push, model.strings)
+        return Steered(model.name, said, name, label, float(strength), edit, tuple(model.strings(ids[0])), clean_text, text,
+                       tuple(model.strings(whole[0, n:])), clean[-1].cpu(), pushed[-1].cpu(),
+                       kl_divergence(clean, pushed), after, scale, _push, model.strings)
     with torch.no_grad(): return _push(strength)
 
 def _finite(strength) -> float:
@@ -242,21 +244,22 @@ def _typical(model, name: str, ids: Tensor) -> float:
 def steer_view(steered: Steered) -> str:
     "A push as HTML: both texts side by side, KL at each token, the next tokens that move most."
     top = max([*steered.kl.tolist(), *steered.text_kl.tolist()]) or 1.
-    about = (f'{steered.label} of {steered.site}, strength {num(steered.strength)} where activations are {num(steered.scale)} long. '
-             f'The logits after the prompt move by {num(steered.delta_norm)}; KL(clean || steered) {num(steered.kl_mean)} nats '
-             'a token of the prompt' + f', {num(steered.text_kl_mean)} of the steered text'*(len(steered.text_kl) > 0) + '.')
+    about = (f'{steered.label} of {steered.site}, strength {num(steered.strength)} where activations are '
+             f'{num(steered.scale)} long. The logits after the prompt move by {num(steered.delta_norm)}; KL(clean || steered) '
+             f'{num(steered.kl_mean)} nats a token of the prompt')
+    if len(steered.text_kl): about += f', {num(steered.text_kl_mean)} of the steered text'
     strip = token_strip(steered.tokens, steered.kl, 'Prompt: KL of the next token, after each', limits=(0, top))
     if len(steered.text_kl):
-        strip += token_strip(steered.text_tokens, steered.text_kl, 'Steered text: KL of the distribution each token is from, nats',
-                             limits=(0, top))
+        strip += token_strip(steered.text_tokens, steered.text_kl, limits=(0, top),
+                             title='Steered text: KL of the distribution that each token is from')
     rows = [[repr(t), f'{p:.3f}', f'{q:.3f}'] for t, p, q in steered.moved(6)]
     nexts = table(rows, ['next token', 'clean', 'steered'], 'After the prompt, what moves most')
     texts = text_diff(steered.clean_text, steered.steered_text) if steered.text_tokens else ''
-    return wrap(f'<div class="note">{esc(about)}</div>{texts}{columns(strip, nexts)}', f'Prompt: {steered.prompt}', 'div')
+    return wrap(f'<div class="note">{esc(about)}.</div>{texts}{columns(strip, nexts)}', f'Prompt: {steered.prompt}', 'div')
 
 # %% ../nbs/60_steer.ipynb #sweep-view
-_SLIDE = ("const f=this.closest('.sw'),k=+this.value;f.querySelectorAll('[data-k]').forEach(e=>e.hidden=e.dataset.k!=k);"
-          "const s=this.dataset.s.split(' ')[k];this.setAttribute('aria-valuetext',s);f.querySelector('b').textContent=s")
+_SLIDE = ("const f=this.closest('.sw'),k=+this.value;"
+          "f.querySelectorAll('[data-k]').forEach(e=>e.hidden=e.dataset.k!=k);const s=this.dataset.s.split(' ')[k];this.setAttribute('aria-valuetext',s);f.querySelector('b').textContent=s")
 
 def sweep_view(
     pushes: Iterable[Steered],  # the same push at several strengths
@@ -267,9 +270,9 @@ def sweep_view(
     if not pushes: raise ValueError('got no push, expected at least one; see Steered.again')
     names = [f'{p.strength:g}' for p in pushes]
     shown = range(len(pushes))[shown]
-    slider = (f'<label>strength <input type="range" min="0" max="{len(pushes) - 1}" value="{shown}" data-s="{" ".join(names)}" '
-              f'aria-valuetext="{names[shown]}" style="width:min(24rem,60vw);vertical-align:middle;accent-color:var(--s0)" '
-              f'oninput="{esc(_SLIDE)}"> <b>{names[shown]}</b></label>')
+    slider = (f'<label>strength <input type="range" min="0" max="{len(pushes) - 1}" value="{shown}" '
+              f'data-s="{" ".join(names)}" aria-valuetext="{names[shown]}" '
+              f'style="width:min(24rem,60vw);vertical-align:middle;accent-color:var(--s0)" oninput="{esc(_SLIDE)}"> <b>{names[shown]}</b></label>')
     views = ''.join(f'<div data-k="{k}"{" hidden"*(k != shown)}>{steer_view(p)}</div>' for k, p in enumerate(pushes))
     curves = {'prompt': [p.kl_mean for p in pushes]}
     if all(len(p.text_kl) for p in pushes): curves['steered text'] = [p.text_kl_mean for p in pushes]
@@ -278,8 +281,8 @@ def sweep_view(
 
 def _save(again, first: Steered, path, strengths) -> Path:
     "Writes the page of a push, or of a push at several strengths."
-    title, strengths = f'{first.label} of {first.site}, turned up', sorted({*strengths, first.strength}) if strengths else []
-    lead = f'{first.model}, prompt {first.prompt!r}'
+    title, lead = f'{first.label} of {first.site}, turned up', f'{first.model}, prompt {first.prompt!r}'
+    strengths = sorted({first.strength, *map(float, strengths)} if (strengths := list(strengths)) else ())
     if not strengths: return save_page(path, title, [(f'Strength {first.strength:g}', steer_view(first))], lead)
     pushes = [first if s == first.strength else again(s) for s in strengths]
     return save_page(path, title, [('Clean and steered', sweep_view(pushes, strengths.index(first.strength)))], lead)
@@ -323,7 +326,7 @@ def _figure(steered: Steered):
     ax.bar(range(n), steered.kl, label='prompt: of the token after it')
     ax.bar(range(n, len(names)), steered.text_kl, label='steered text: of the token itself')
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize='small')
-    ax.set(ylabel='KL(clean || steered), nats', title=f'{steered.label} of {steered.site}, strength {steered.strength:g}')
+    ax.set(ylabel='KL(clean || steered), nats', title=f'{steered.label}, strength {steered.strength:g}')
     ax.legend(fontsize='small')
     plt.close(fig)                                                    # shown once, by whoever displays it
     return fig

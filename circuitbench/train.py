@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['token_loss', 'evaluate', 'unit_gradient', 'TopKTrainer', 'geometric_median', 'train_sae']
 
-# %% ../nbs/42_train.ipynb #19290fb8
+# %% ../nbs/42_train.ipynb #e320d39a
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .edit import splice, zero
 from .hook import HookedModel
 from .latent import activations, shipped_text, token_rows
-from .sae import SAE, Metrics, SAEConfig
+from .sae import _SAME, SAE, Metrics, SAEConfig, Text
 
 # %% ../nbs/42_train.ipynb #token-loss
 def token_loss(
@@ -33,14 +33,15 @@ def token_loss(
 def evaluate(
     model: HookedModel,
     sae: SAE,
-    text: str | Iterable[str] | Tensor | None = None,  # not trained on; None: shipped text that no shipped model was trained on
+    text: Text = None,  # not trained on; None: shipped text that no shipped model was trained on
     tokens: int = 16_384,
     context: int = 256,  # tokens a row
     progress: bool = False,
 ) -> Metrics:
     """Measures an SAE: variance explained, L0, dead latents, and the loss clean, spliced and zeroed.
 
-    Sets `sae.frequency`, how often each latent fires on this text. Raises ValueError where the SAE does not fit the model, or the text is empty.
+    Sets `sae.frequency`, how often each latent fires on this text. Raises ValueError where the SAE does not fit the
+    model, or the text is empty.
     """
     start, site = time.perf_counter(), sae.check(model)
     rows = token_rows(model, shipped_text('held') if text is None else text, context, tokens).to(model.device)
@@ -59,7 +60,8 @@ def evaluate(
         losses += torch.stack([token_loss(model.run(part, edit=e).logits, part) for e in edits]).double().cpu()
     n = rows.numel()
     sae.frequency = (fired/n).cpu()
-    return Metrics(1 - err/(second - float(first.square().sum())/n), float(fired.sum())/n, float((fired == 0).float().mean()),
+    variance = second - float(first.square().sum())/n
+    return Metrics(1 - err/variance, float(fired.sum())/n, float((fired == 0).float().mean()),
                    *(losses/(n - len(rows))).tolist(), tokens=n, seconds=time.perf_counter() - start)
 
 # %% ../nbs/42_train.ipynb #rows-of
@@ -67,8 +69,8 @@ def _rows_of(index: Tensor, weight: Tensor, rows: Tensor, n: int) -> Tensor:
     "out[j] = sum of weight[t, c] rows[t] over all (t, c) with index[t, c] = j: (n, d)."
     flat = index.flatten()
     order = flat.argsort()
-    count = torch.bincount(flat, minlength=n)
-    return F.embedding_bag(order//index.shape[1], rows, count.cumsum(0) - count, mode='sum', per_sample_weights=weight.flatten()[order])
+    start = (count := torch.bincount(flat, minlength=n)).cumsum(0) - count
+    return F.embedding_bag(order//index.shape[1], rows, start, mode='sum', per_sample_weights=weight.flatten()[order])
 
 def _dots(index: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     "table[index[t, c]] . rows[t], (tokens, chosen)."
@@ -98,7 +100,7 @@ class TopKTrainer:
         seed: int = 0,
     ):
         self.k, self.lr, self.steps, self.aux, self.dead_after, self.step_no = k, lr, steps, aux, dead_after, 0
-        self.scale = x.shape[1]**.5/x.norm(dim=1).mean().clamp(min=1e-12)                # trained at mean norm sqrt(d_in)
+        self.scale = x.shape[1]**.5/x.norm(dim=1).mean().clamp(min=1e-12)       # trained at mean norm sqrt(d_in)
         x = x*self.scale
         self.var = (x - x.mean(0)).square().sum(1).mean().clamp(min=1e-12)
         make = torch.Generator().manual_seed(seed)
@@ -107,7 +109,7 @@ class TopKTrainer:
         self.params = [self.E, self.b_enc, self.D, self.b_dec]
         value, index = ((x - self.b_dec) @ self.E.T).topk(k)
         y = F.embedding_bag(index, self.D, per_sample_weights=value.relu(), mode='sum')
-        self.E *= ((x - self.b_dec)*y).sum()/y.square().sum().clamp(min=1e-12)        # the length that suits k such rows best
+        self.E *= ((x - self.b_dec)*y).sum()/y.square().sum().clamp(min=1e-12)     # the length that suits k rows best
         self.adam = torch.optim.Adam(self.params, lr=lr, betas=(.9, .999), fused=True)
         self.silent = torch.zeros(d_sae, dtype=torch.long, device=x.device)             # tokens since each latent fired
 
@@ -122,16 +124,20 @@ class TopKTrainer:
         back = _dots(index, self.D, g)*(value > 0)
         dE, dD = _rows_of(index, back, x, len(self.D)), _rows_of(index, value, g, len(self.D))
         db_enc, db_dec = torch.zeros_like(self.b_enc).index_add_(0, index.flatten(), back.flatten()), g.sum(0)
-        if len(dead) and self.aux: dE, db_enc, dD = (a + b for a, b in zip((dE, db_enc, dD), self._auxiliary(x, pre, rest, dead)))
+        if len(dead) and self.aux:
+            dE, db_enc, dD = (a + b for a, b in zip((dE, db_enc, dD), self._auxiliary(x, pre, rest, dead)))
         dE -= db_enc[:, None]*self.b_dec                                                 # the encoder reads x - b_dec
         db_dec = db_dec - db_enc @ self.E
         self.silent += len(x)
         self.silent[index[value > 0]] = 0
-        loss = rest.square().sum(1).mean()/self.var
-        return [dE, db_enc, unit_gradient(dD, self.D), db_dec], {'loss': loss, 'l0': (value > 0).sum()/len(x), 'dead': len(dead)/len(self.D)}
+        figures = {'loss': rest.square().sum(1).mean()/self.var, 'l0': (value > 0).sum()/len(x), 'dead': len(dead)/len(self.D)}
+        return [dE, db_enc, unit_gradient(dD, self.D), db_dec], figures
 
     def _auxiliary(self, x, pre, rest, dead):
-        "Gradients of E, b_enc and D for AuxK: the dead latents with the largest activations explain what the others leave, `rest`, taken as given. Few are dead, so these products are dense."
+        """Gradients of E, b_enc and D for AuxK: the dead latents with the largest activations explain what the others leave.
+
+        That, `rest`, is taken as given. Few latents are dead, so these products are dense.
+        """
         wanted = x.shape[1]//2
         value, index = pre[:, dead].topk(min(wanted, len(dead)), sorted=False)
         z = pre.new_zeros(len(x), len(dead)).scatter(1, index, value)
@@ -169,17 +175,18 @@ def geometric_median(
 
 # %% ../nbs/42_train.ipynb #batches
 def _batches(model, site: str, rows: Tensor, batch: int, tokens: int, seed: int, device) -> Iterator[Tensor]:
-    "Shuffled batches (batch, d_in) until `tokens` are spent; reads the rows again, in another order, where they do not suffice."
+    "Shuffled batches (batch, d_in) until `tokens` are spent; rows are read again, in another order, if they are too few."
     make, pool, order = torch.Generator().manual_seed(seed), [], []
     size, spent, held = max(1, 4096//rows.shape[1]), 0, 0
     while spent < tokens:
-        room = min(max(2**23//prod(model.site_shape(site, 1, 1)), 8*batch), tokens - spent)           # 32 MiB of activations at most
+        room = min(max(2**23//prod(model.site_shape(site, 1, 1)), 8*batch), tokens - spent)      # 32 MiB of activations
         while held < room:
             if not len(order): order = torch.randperm(len(rows), generator=make)
-            pool.append(activations(model, site, rows[order[:size]].to(model.device)).flatten(0, 1).to(device, torch.float32))
+            x = activations(model, site, rows[order[:size]].to(model.device))
+            pool.append(x.flatten(0, 1).to(device, torch.float32))
             order, held = order[size:], held + pool[-1].shape[0]
         full = torch.cat(pool)[torch.randperm(held, generator=make).to(device)]
-        n = min(len(full) if room == tokens - spent else len(full)//2, tokens - spent)                # half stays to mix with what comes
+        n = min(len(full) if room == tokens - spent else len(full)//2, tokens - spent)      # half stays, to mix with more
         for part in full[:n].split(batch): yield part
         pool, held, spent = [full[n:]], len(full) - n, spent + n
 
@@ -187,29 +194,38 @@ def _site(model, layer: int | None, site: str | None) -> str:
     "The one full site name that is meant."
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < model.n_layers):
         raise ValueError(f'got layer {layer!r}, expected 0 to {model.n_layers - 1}; model.sites() lists what each has')
-    names = model.site_names(site or model.hook_point)
+    site = site or model.hook_point
+    names = model.site_names(site)
     if layer is not None: names = [n for n in names if n.startswith(f'blocks.{layer}.')]
     if len(names) != 1:
-        raise ValueError(f'got site {site or model.hook_point!r} and layer {layer}, which mean {len(names)} sites; expected one: give layer=0 to {model.n_layers - 1}, or a full name such as {model.site_names(site or model.hook_point)[0]!r}')
-    if model.adapter.site(names[0].split('.', 2)[-1]).axes[:2] != ('batch', 'pos'): raise ValueError(f'got site {names[0]}, which has no vector for each token; expected a site with axes batch pos ...')
+        raise ValueError(f'got site {site!r} and layer {layer}, which mean {len(names)} sites; expected one: give '
+                         f'layer=0 to {model.n_layers - 1}, or a full name such as {model.site_names(site)[0]!r}')
+    if model.adapter.site(names[0].split('.', 2)[-1]).axes[:2] != ('batch', 'pos'):
+        raise ValueError(f'got site {names[0]}, expected one that has a vector for each token; model.sites() lists the axes')
     return names[0]
 
 def _check_numbers(k, expansion, tokens, batch_size, lr, aux):
     "ValueError for a number out of range."
     for name, value in dict(k=k, tokens=tokens, batch_size=batch_size).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f'got {name}={value!r}, expected a whole number from 1 up')
-    for name, value, least in (('expansion', expansion, True), ('lr', lr, True), ('aux', aux, False)):
-        if not (0 < value < float('inf') or not least and value == 0): raise ValueError(f'got {name}={value!r}, expected a {"positive" if least else "non-negative"} number')
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f'got {name}={value!r}, expected a whole number from 1 up')
+    for name, value in dict(expansion=expansion, lr=lr).items():
+        if not 0 < value < float('inf'): raise ValueError(f'got {name}={value!r}, expected a positive number')
+    if not 0 <= aux < float('inf'): raise ValueError(f'got aux={aux!r}, expected 0 or a positive number')
 
 def _split(model, text, context: int, tokens: int) -> tuple[Tensor, Tensor, str]:
-    "Rows to train on, rows to measure on, and a note if they are not apart; text beyond four times `tokens` is not read."
+    "Rows to train on, rows to measure on, and a note if they are the same; text beyond four times `tokens` is not read."
     limit, held = 4*tokens + 100_000, min(16_384, max(1024, tokens//8))
-    if text is None: return token_rows(model, shipped_text('train'), context, limit), token_rows(model, shipped_text('held'), context, held), ''
+    if text is None: return *(token_rows(model, shipped_text(s), context, n) for s, n in (('train', limit), ('held', held))), ''
     rows = token_rows(model, text, context, limit)
-    if len(rows) < 2: return rows, rows, 'the text is too short to hold out a part: measured on the tokens that it was trained on'
+    if len(rows) < 2: return rows, rows, f'the text is too short to hold out a part: {_SAME}'
     n = max(1, min(len(rows)//10, held//rows.shape[1]))
     pick = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return rows[pick[n:]], rows[pick[:n]], ''
+
+def _said(f: dict) -> str:
+    "The figures of a batch, for the progress bar."
+    return f"loss {f['loss']:.3f}, FVE {1 - f['loss']:.3f}, L0 {f['l0']:.1f}, dead {f['dead']:.1%}"
 
 # %% ../nbs/42_train.ipynb #train-sae
 @torch.no_grad()
@@ -221,7 +237,7 @@ def train_sae(
     tokens: int = 200_000,  # to train on; the text is read again where it is shorter
     batch_size: int = 512,  # tokens a step
     site: str | None = None,  # None: model.hook_point
-    text: str | Iterable[str] | Tensor | None = None,  # text, lines or token ids, a tenth held out; None: the text that the shipped models read
+    text: Text = None,  # text, lines or token ids, a tenth held out; None: the text that the shipped models read
     lr: float = 5e-3,
     aux: float = 1/32,  # weight of the auxiliary loss
     context: int = 256,  # tokens a row
@@ -231,8 +247,9 @@ def train_sae(
 ) -> SAE:
     """Trains a TopK SAE on a site; `.metrics` tells how good it is on held-out text.
 
-    Ctrl-C ends the training: the SAE trained so far is measured and returned, with a note in its metrics; before the first step it is raised.
-    Raises ValueError for numbers out of range, a site that is not one, or an empty text; SiteError for an unknown site.
+    Ctrl-C ends the training: the SAE trained so far is measured and returned, with a note in its metrics; before the
+    first step it is raised. Raises ValueError for numbers out of range, a site that is not one, or an empty text;
+    SiteError for an unknown site.
     """
     start = time.perf_counter()
     _check_numbers(k, expansion, tokens, batch_size, lr, aux)
@@ -244,19 +261,18 @@ def train_sae(
     some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:4096//rows.shape[1] + 1]
     first = activations(model, name, rows[some].to(model.device)).flatten(0, 1).to(device, torch.float32)
     trainer = TopKTrainer(first, cfg.d_sae, k, lr, -(-tokens//batch_size), aux, max(tokens//10, 10*batch_size), seed)
-    with tqdm(total=tokens, desc=f'SAE of {name}', unit='tok', unit_scale=True, disable=not progress, mininterval=.5) as bar:
+    with tqdm(total=tokens, desc=f'SAE of {name}', unit='tok', unit_scale=True, disable=not progress) as bar:
         try:
             for x in _batches(model, name, rows, batch_size, tokens, seed, device):
                 figures = trainer.step(x)
                 trained += len(x)
-                if trainer.step_no % 10 == 0 and progress:
-                    bar.set_postfix(loss=f"{figures['loss']:.3f}", FVE=f"{1 - figures['loss']:.3f}", L0=f"{figures['l0']:.1f}", dead=f"{figures['dead']:.1%}")
+                if trainer.step_no % 10 == 0 and progress: bar.set_postfix_str(_said(figures), refresh=False)
                 bar.update(len(x))
         except KeyboardInterrupt:
             if not trained: raise
             note = '; '.join(filter(None, [f'stopped after {trained:,} of {tokens:,} tokens', note]))
     sae = SAE(cfg).to(device)
     for n, w in trainer.weights().items(): getattr(sae, n).data = w
-    sae.metrics = replace(evaluate(model, sae, held, tokens=held.numel(), context=held.shape[1], progress=progress), trained=trained,
-                          seconds=time.perf_counter() - start, note=note)
+    metrics = evaluate(model, sae, held, held.numel(), held.shape[1], progress)
+    sae.metrics = replace(metrics, trained=trained, seconds=time.perf_counter() - start, note=note)
     return sae

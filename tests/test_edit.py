@@ -72,7 +72,7 @@ def test_slope_is_attribution_and_its_mean_the_exact_effect():
 
 def test_positions_while_text_grows():
     assert positions(-1, 9, 10, 5) == ([], []) and positions(-1, 4, 5, 5) == ([4], [0])
-    assert positions(check_at([7, 2]), 0, 10, 10) == ([7, 2], [0, 1])
+    assert positions(check_at([7, 2, 7]), 0, 10, 10) == ([2, 7], [1, 0])
     assert positions(slice(-2, None), 0, 8, 5) == ([3, 4, 5, 6, 7], [0, 1, 2, 3, 4])
 
 

@@ -1,6 +1,7 @@
 """Every family: sites against a float64 model written apart, edits that propagate, generation, padding, gradients,
 and hooks that go away.
 """
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -106,6 +107,21 @@ def test_heads_and_positions(model, ids):
     assert top(changed['blocks.0.ssm.y'] - want) < 1e-5
 
 
+def test_positions_come_ascending_and_once(model, ids):
+    _, full = model.run_with_cache(ids, ['ssm.y', 'ssm.state'])
+    _, cache = model.run_with_cache(ids, ['ssm.y', 'ssm.state'], at=[7, 2, 7])
+    for n in cache:
+        assert cache.positions(n) == [2, 7] and top(cache[n] - full[n][:, [2, 7]]) < 1e-5, n
+    source = full['blocks.0.ssm.y'][:, [7, 2]]                                # rows as the positions are listed
+    _, same = model.run_with_cache(ids, 'blocks.0.ssm.y', edit=patch('blocks.0.ssm.y', source, at=[7, 2]))
+    assert top(same['blocks.0.ssm.y'] - full['blocks.0.ssm.y']) < 1e-5
+
+
+def test_prompts_may_be_arrays(model):
+    want = model.run([[1, 2, 3], [4, 5, 6]]).logits
+    assert torch.equal(model.run(np.array([[1, 2, 3], [4, 5, 6]])).logits, want)
+
+
 def test_interchange_gives_the_other_run(model, ids):
     "Patch the whole residual stream after the last block and get the other run."
     other = ids.roll(1, 0)
@@ -186,9 +202,9 @@ def test_nothing_stays_behind(model, ids):
 
 
 def test_errors_say_what_was_got_and_expected(model, ids):
-    with pytest.raises(SiteError, match=r'blocks 0 to 1'): model.run_with_cache(ids, 'blocks.7.ssm.y')
+    with pytest.raises(SiteError, match=r'expected one of blocks 0-1'): model.run_with_cache(ids, 'blocks.7.ssm.y')
     with pytest.raises(SiteError, match='nearest: .*ssm.state'): model.run_with_cache(ids, 'blocks.0.ssm.stat')
-    with pytest.raises(SiteError, match='does not have there'): model.run(ids, edit=zero('blocks.0.attn.q'))
+    with pytest.raises(SiteError, match='is not there'): model.run(ids, edit=zero('blocks.0.attn.q'))
     with pytest.raises(ValueError, match='got position 40 .* expected -21 to 20'):
         model.run(ids, edit=zero('ssm.y', at=40))
     with pytest.raises(ValueError, match='has none'): model.run(ids, edit=zero('resid_post', heads=1))
@@ -199,6 +215,13 @@ def test_errors_say_what_was_got_and_expected(model, ids):
     with pytest.raises(ValueError, match='cannot be listened to'):
         model.run_with_cache(ids, 'ssm.state', backend='transformers')
     with pytest.raises(ValueError, match='finite'): model.run(ids, edit=float('nan')*zero('ssm.y'))
+    with pytest.raises(ValueError, match='backend'): model.generate(ids, 2, backend='jax')
+    for heads in (-1, []):
+        with pytest.raises(ValueError, match='expected'): model.run(ids, edit=zero('ssm.y', heads=heads))
+        with pytest.raises(ValueError, match='expected 0 to'): model.run_with_cache(ids, 'ssm.y', heads=heads)
+    unread = zero('ssm.y', at=22)                                             # of the last token, which is never read
+    with pytest.raises(ValueError, match='got position 22'): model.generate(ids, 2, edit=unread)
+    with pytest.raises(ValueError, match='empty prompt'): model.run([])
     with pytest.raises(TypeError, match='expected Edit'): model.run(ids, edit=['ssm.y'])
     assert clean(model)
 
