@@ -30,9 +30,9 @@ from circuitbench.scan import selective_chunk, ssd_chunk
 from circuitbench.shipped import bits_per_byte, score
 from circuitbench.task import DATA, facts, indirect_object, induction, tables, text, training_line
 
-LENGTH, BATCH, KINDS = 256, 8, ('text', 'facts', 'indirect_object', 'induction')
-EARLY, LATE = (.62, .18, .08, .12), (.76, .12, .05, .07)     # shares of the kinds in the first and the second half
-STEPS = {'mamba2': 6000, 'mamba1': 4000}
+LENGTH, BATCH, KINDS = 128, 16, ('text', 'facts', 'indirect_object', 'induction')
+EARLY, LATE = (.62, .18, .08, .12), (.78, .10, .04, .08)     # shares of the kinds in the first half and after
+STEPS = {'mamba2': 7000, 'mamba1': 5000}
 TASKS = KINDS[1:]
 
 
@@ -114,19 +114,17 @@ class Data:
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
-def optimisers(model, lr):
-    "Muon for the matrices inside the blocks, AdamW for embedding, convolutions and vectors."
-    inner = lambda n, p: p.dim() == 2 and 'embedding' not in n and 'A_log' not in n
+def optimiser(model, lr):
+    "AdamW; weight decay on matrices and convolutions only."
+    decays = lambda n, p: p.dim() > 1 and 'A_log' not in n
     named = list(model.named_parameters())
-    groups = [dict(params=[p for n, p in named if 'embedding' in n], weight_decay=.05),
-              dict(params=[p for n, p in named if 'embedding' not in n and not inner(n, p)], weight_decay=0.)]
-    return [torch.optim.Muon([p for n, p in named if inner(n, p)], lr=lr, weight_decay=.1, momentum=.95, adjust_lr_fn='match_rms_adamw'),
-            torch.optim.AdamW(groups, lr=lr, betas=(.9, .95))]
+    return torch.optim.AdamW([dict(params=[p for n, p in named if decays(n, p)], weight_decay=.05),
+                              dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)], lr=lr, betas=(.9, .95))
 
 
-def schedule(step, steps, warm=100, flat=.25):
-    "Warm-up, a quarter at full rate, then a straight line to zero."
-    return min(1, (step + 1)/warm)*min(1, (steps - step)/(steps*(1 - flat)))
+def schedule(step, steps, warm=100):
+    "Warm-up, then half a cosine to zero."
+    return min(1, (step + 1)/warm)*.5*(1 + math.cos(math.pi*step/steps))
 
 
 def look(model, tok):
@@ -166,11 +164,11 @@ def train(name, steps, out, lr, compiled):
     tok = Tokenizer.from_file(str(out/'tokenizer.json'))
     fast_scans()
     model, step, spent, mean = configure(name, tok.get_vocab_size()).train(), 0, 0., None
-    opts, data, last = optimisers(model, lr), Data(tok, steps//2), out/'last.pt'
+    opt, data, last = optimiser(model, lr), Data(tok, steps//2), out/'last.pt'
     if last.exists():
         saved = torch.load(last, weights_only=True)
         model.load_state_dict(saved['model'])
-        for o, s in zip(opts, saved['opts']): o.load_state_dict(s)
+        opt.load_state_dict(saved['opt'])
         step, spent = saved['step'], saved['spent']
     print(f'{name}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tok.get_vocab_size()}, from step {step} to {steps}', flush=True)
 
@@ -180,12 +178,12 @@ def train(name, steps, out, lr, compiled):
     if compiled: loss_of = torch.compile(loss_of)
     start = time.time() - spent
     while step < steps:
-        for g in (g for o in opts for g in o.param_groups): g['lr'] = lr*schedule(step, steps)
+        for g in opt.param_groups: g['lr'] = lr*schedule(step, steps)
         with torch.autocast('cpu', torch.bfloat16): loss = loss_of(data.batch(step))
-        for o in opts: o.zero_grad()
+        opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for o in opts: o.step()
+        opt.step()
         step, value = step + 1, loss.item()
         mean = value if mean is None else .98*mean + .02*value
         if step & (step - 1) == 0 or step % 250 == 0 or step == steps:
@@ -194,7 +192,7 @@ def train(name, steps, out, lr, compiled):
             with open(out/'log.jsonl', 'a') as log: log.write(json.dumps(row) + '\n')
             print(row, flush=True)
             write_folder(model, tok, out/f'step{step}')
-            save(last, model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step, spent=time.time() - start)
+            save(last, model=model.state_dict(), opt=opt.state_dict(), step=step, spent=time.time() - start)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

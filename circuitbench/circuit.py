@@ -50,7 +50,7 @@ class Circuit:
     layers: tuple[int, ...]
     sites: tuple[str, ...]
     effects: Tensor
-    "(layer, site): metric of the clean run minus that of the ablated one, mean over prompts; NaN where a site is lacking"
+    "(layer, site): metric of the clean run minus that of the ablated one, mean over prompts; NaN for a site not there"
     norms: Tensor
     "(layer, site): ||ablated - clean|| / ||clean|| of the logits at all positions of the prompt, mean over prompts"
     clean: float
@@ -83,27 +83,31 @@ class Circuit:
 
     def __repr__(self):
         head = [f'{self.model}: {self.ablation} ablation, effect on {self.metric} (clean {self.clean:.4g})', self.asked]
+        head += [self.note] if self.note else []
         if len(self.sites) <= 12:
-            width = max(map(len, self.sites)) + 1
-            show = lambda x: ('-' if math.isnan(x) else f'{x:+.3g}').rjust(width)
-            head += ['layer ' + ''.join(s.rjust(width) for s in self.sites)]
-            head += [f'{i:5} ' + ''.join(map(show, row)) for i, row in zip(self.layers, self.effects.tolist())]
+            wide = lambda text, site: text.rjust(max(9, len(site)) + 1)
+            show = lambda x, site: wide('-' if math.isnan(x) else f'{x:+.3g}', site)
+            head += ['layer ' + ''.join(map(wide, self.sites, self.sites))]
+            rows = zip(self.layers, self.effects.tolist())
+            head += [f'{i:5} ' + ''.join(map(show, row, self.sites)) for i, row in rows]
         best = (f'layer {e.layer} {e.site} {e.effect:+.3g} (output changes by {e.norm:.0%})' for e in self.top(3))
         return '\n'.join([*head, 'strongest: ' + ', '.join(best)])
 
     @property
     def asked(self) -> str:
-        "The question in a line or two."
+        "The question in a line."
         few = lambda parts: ' '.join(map(repr, parts))
-        more = f' and {len(self.prompts) - 1} more prompts' if len(self.prompts) > 1 else ''
+        n = len(self.prompts) - 1
+        more = f' and {n} more prompt{"s"*(n > 1)}' if n else ''
         answer = f' -> {few(self.tokens[0])}' if self.tokens[0] else ''
         against = f' against {few(self.wrong[0])}' if self.wrong[0] else ''
-        return f'{self.prompts[0]!r}{answer}{against}{more}' + (f'; {self.note}' if self.note else '')
+        return f'{self.prompts[0]!r}{answer}{against}{more}'
 
     def to_json(self, path: str | Path) -> Path:
         "Writes an open file, whole or not at all; NaN is null."
         number = lambda x: x if math.isfinite(x) else None
-        body = {'format': _FORMAT, 'version': _VERSION, 'clean': number(self.clean)} | {k: getattr(self, k) for k in _TEXTS}
+        body = {'format': _FORMAT, 'version': _VERSION, 'clean': number(self.clean)}
+        body |= {k: getattr(self, k) for k in _TEXTS}
         body |= {k: [[number(x) for x in row] for row in getattr(self, k).tolist()] for k in _PER.values()}
         path = Path(path)
         beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -136,7 +140,7 @@ class Circuit:
     def to_html(self, path: str | Path) -> Path:
         "Writes one self-contained file: both matrices, bars, the strongest cells."
         views = [(f'Effect on {self.metric}', circuit_view(self)), ('Change of the output', circuit_view(self, 'norm'))]
-        return save_page(path, f'Circuit of {self.model}', views, f'{self.asked}. {_explain(self)}')
+        return save_page(path, 'Circuit', views, f'{self.model}: {self.ablation} ablation, layer by site')
 
     def inspect(self, **start) -> 'CircuitInspector':
         "The matrices under controls; keyword arguments set them (value=, site=, cells=)."
@@ -244,7 +248,7 @@ def _result(model, done: dict, asked: list[Case], metric, ablation: str, clean: 
     for cell, pair in done.items(): both[:, layers.index(cell.layer), sites.index(cell.site)] = torch.tensor(pair)
     words = lambda ids: tuple(model.strings(torch.tensor(ids, dtype=torch.long)))
     long = max(len(c.target) for c in asked)
-    note = f'a target of several tokens (up to {long} here) is scored as a sequence, each token after those before it'
+    note = f'the target of up to {long} tokens is scored as a sequence, each token after those before it'
     name = metric if isinstance(metric, str) else getattr(metric, '__name__', 'metric')
     return Circuit(model.name, tuple(c.text for c in asked), tuple(words(c.target) for c in asked),
                    tuple(words(c.wrong) for c in asked), name, ablation, tuple(layers), tuple(sites), *both, clean,
@@ -269,16 +273,17 @@ def circuit_view(
     each = bars([f'layer {i}' for i in circuit.layers], [layers.get(i, math.nan) for i in circuit.layers],
                 f'By layer: {site}', say, signed=signed)
     rows = [[e.layer, e.site, e.effect, f'{e.norm:.1%}'] for e in circuit.top(cells, value)]
-    best = table(rows, ['layer', 'site', f'effect on {circuit.metric}', 'output changes by'], 'Strongest cells')
-    about = f'<div>{esc(circuit.asked)}</div><div class="note">{esc(_explain(circuit))}</div>'
-    return wrap(about + chart + columns(each, best), tag='div')
+    best = table(rows, ['layer', 'site', 'effect', 'output'], 'Strongest cells')
+    about = f'<div class="note" style="margin-bottom:.8rem">{esc(_explain(circuit))}</div>'
+    return wrap(about + chart + columns(each, best), circuit.asked, 'div')
 
 def _explain(circuit: Circuit) -> str:
     "What the numbers are."
     put = {'mean': "its mean over the prompt's positions", 'data': 'its mean over other text', 'zero': '0'}
     return (f'Each cell: the site is replaced by {put[circuit.ablation]} at every position. Effect: {circuit.metric} '
-            f'of the clean run ({num(circuit.clean)}) minus that of the ablated one; above 0 the answer needs the site. '
-            'Change of the output: ||ablated - clean|| / ||clean|| of the logits.')
+            f'of the clean run ({num(circuit.clean)}) minus that of the ablated one: above 0 the answer needs it. '
+            'Change of the output: ||ablated - clean|| / ||clean|| of the logits.' 
+            + f' Here {circuit.note}.'*bool(circuit.note))
 
 class CircuitInspector(Inspector):
     "Switch between effect and change of the output, choose the bars' site and the number of cells."

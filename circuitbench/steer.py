@@ -50,11 +50,11 @@ def direction_of(
         raise ValueError(f'got a direction of {vector.numel()} numbers, expected {math.prod(shape)} for {name} {shape}')
     norm = (vector := vector.detach().to(model.device).float()).norm()
     if not (norm > 0 and norm.isfinite()): raise ValueError(f'got a direction of length {float(norm):g}, expected more')
-    return name, (vector/norm).view(shape).to(model.dtype), 'vector' if feature_id is None else f'latent {feature_id}'
+    return name, (vector/norm).view(shape).to(model.dtype), 'a vector' if feature_id is None else f'latent {feature_id}'
 
 def _latent(model, latent, sae, layer, site) -> tuple[str, Tensor]:
     "The site of an SAE in a model, and the decoder row of a latent."
-    if sae is None: raise ValueError(f'got feature_id={latent} and no SAE, expected sae=, such as train_sae(model, ...)')
+    if sae is None: raise ValueError(f'got feature_id={latent} and no SAE, expected sae=train_sae(model, ...) or such')
     trained_on = getattr(sae, 'model', None)
     if isinstance(trained_on, str) and trained_on not in ('', model.name):
         raise ValueError(f'got an SAE of {trained_on} for {model.name}, expected one that was trained on that model')
@@ -106,7 +106,7 @@ class Steered:
     kl: Tensor
     "(pos,) KL(clean || steered) of the next token at each position of the prompt, nats"
     text_kl: Tensor
-    "(generated,) the same along the steered text, read by both models: of the distribution that each token is drawn from"
+    "(generated,) the same along the steered text, read by both: of the distribution that each token is drawn from"
     scale: float
     "Mean length of the site's clean activation on the prompt: what `strength` adds to."
     again: Callable[[float], 'Steered'] = field(repr=False)
@@ -193,8 +193,8 @@ def steer(
         if whole.shape[1] > n:
             both = (model.run(whole, edit=e).logits[0, n - 1:-1] for e in ((), _within(edit, whole.shape[1])))
             after = kl_divergence(*both)
-        return Steered(model.name, said, name, label, float(strength), edit, tuple(model.strings(ids[0])), clean_text, text,
-                       tuple(model.strings(whole[0, n:])), clean[-1].cpu(), pushed[-1].cpu(),
+        return Steered(model.name, said, name, label, float(strength), edit, tuple(model.strings(ids[0])), clean_text,
+                       text, tuple(model.strings(whole[0, n:])), clean[-1].cpu(), pushed[-1].cpu(),
                        kl_divergence(clean, pushed), after, scale, _push, model.strings)
     with torch.no_grad(): return _push(strength)
 
@@ -245,21 +245,24 @@ def steer_view(steered: Steered) -> str:
     "A push as HTML: both texts side by side, KL at each token, the next tokens that move most."
     top = max([*steered.kl.tolist(), *steered.text_kl.tolist()]) or 1.
     about = (f'{steered.label} of {steered.site}, strength {num(steered.strength)} where activations are '
-             f'{num(steered.scale)} long. The logits after the prompt move by {num(steered.delta_norm)}; KL(clean || steered) '
-             f'{num(steered.kl_mean)} nats a token of the prompt')
+             f'{num(steered.scale)} long. The logits after the prompt move by {num(steered.delta_norm)}; '
+             f'KL(clean || steered) {num(steered.kl_mean)} nats a token of the prompt')
     if len(steered.text_kl): about += f', {num(steered.text_kl_mean)} of the steered text'
-    strip = token_strip(steered.tokens, steered.kl, 'Prompt: KL of the next token, after each', limits=(0, top))
+    strip = token_strip(steered.tokens, steered.kl, 'Prompt: KL of what follows each token, nats', limits=(0, top))
     if len(steered.text_kl):
         strip += token_strip(steered.text_tokens, steered.text_kl, limits=(0, top),
-                             title='Steered text: KL of the distribution that each token is from')
+                             title='Steered text: KL of where each token is drawn from, nats')
     rows = [[repr(t), f'{p:.3f}', f'{q:.3f}'] for t, p, q in steered.moved(6)]
     nexts = table(rows, ['next token', 'clean', 'steered'], 'After the prompt, what moves most')
     texts = text_diff(steered.clean_text, steered.steered_text) if steered.text_tokens else ''
-    return wrap(f'<div class="note">{esc(about)}.</div>{texts}{columns(strip, nexts)}', f'Prompt: {steered.prompt}', 'div')
+    about = f'<div class="note" style="margin-bottom:.8rem">{esc(about)}.</div>'
+    return wrap(f'{about}{texts}{columns(strip, nexts)}', f'Prompt: {steered.prompt}', 'div')
 
 # %% ../nbs/60_steer.ipynb #sweep-view
 _SLIDE = ("const f=this.closest('.sw'),k=+this.value;"
-          "f.querySelectorAll('[data-k]').forEach(e=>e.hidden=e.dataset.k!=k);const s=this.dataset.s.split(' ')[k];this.setAttribute('aria-valuetext',s);f.querySelector('b').textContent=s")
+          "f.querySelectorAll('[data-k]').forEach(e=>e.hidden=e.dataset.k!=k);"
+          "const s=this.dataset.names.split(' ')[k];this.setAttribute('aria-valuetext',s);"
+          "f.querySelector('b').textContent=s")
 
 def sweep_view(
     pushes: Iterable[Steered],  # the same push at several strengths
@@ -271,9 +274,11 @@ def sweep_view(
     names = [f'{p.strength:g}' for p in pushes]
     shown = range(len(pushes))[shown]
     slider = (f'<label>strength <input type="range" min="0" max="{len(pushes) - 1}" value="{shown}" '
-              f'data-s="{" ".join(names)}" aria-valuetext="{names[shown]}" '
-              f'style="width:min(24rem,60vw);vertical-align:middle;accent-color:var(--s0)" oninput="{esc(_SLIDE)}"> <b>{names[shown]}</b></label>')
-    views = ''.join(f'<div data-k="{k}"{" hidden"*(k != shown)}>{steer_view(p)}</div>' for k, p in enumerate(pushes))
+              f'data-names="{" ".join(names)}" aria-valuetext="{names[shown]}" oninput="{esc(_SLIDE)}" '
+              'style="width:min(24rem,60vw);vertical-align:middle;accent-color:var(--s0)"> '
+              f'<b>{names[shown]}</b></label>')
+    views = ''.join(f'<div data-k="{k}" style="margin:1rem 0"{" hidden"*(k != shown)}>{steer_view(p)}</div>'
+                    for k, p in enumerate(pushes))
     curves = {'prompt': [p.kl_mean for p in pushes]}
     if all(len(p.text_kl) for p in pushes): curves['steered text'] = [p.text_kl_mean for p in pushes]
     cost = lines(curves, [p.strength for p in pushes], 'What each strength costs', 'strength', 'mean KL, nats')
@@ -281,7 +286,7 @@ def sweep_view(
 
 def _save(again, first: Steered, path, strengths) -> Path:
     "Writes the page of a push, or of a push at several strengths."
-    title, lead = f'{first.label} of {first.site}, turned up', f'{first.model}, prompt {first.prompt!r}'
+    title, lead = f'{first.label} turned up'.capitalize(), f'{first.model}, {first.site}'
     strengths = sorted({first.strength, *map(float, strengths)} if (strengths := list(strengths)) else ())
     if not strengths: return save_page(path, title, [(f'Strength {first.strength:g}', steer_view(first))], lead)
     pushes = [first if s == first.strength else again(s) for s in strengths]
@@ -320,7 +325,8 @@ class SteerInspector(Inspector):
 def _figure(steered: Steered):
     "Bars of KL by token."
     from matplotlib import pyplot as plt
-    names = [t.replace('$', r'\$').replace('\n', '⏎') for t in (*steered.tokens, *steered.text_tokens)]
+    tokens = (*steered.tokens, *steered.text_tokens)
+    names = [(t if t.isprintable() else repr(t)[1:-1]).replace('$', r'\$') for t in tokens]
     n = len(steered.kl)
     fig, ax = plt.subplots(figsize=(2 + .22*len(names), 3), layout='constrained')
     ax.bar(range(n), steered.kl, label='prompt: of the token after it')

@@ -154,9 +154,8 @@ def training_line(
         _, (a, b), fill = _draw_indirect_object(rng, 'train')
         return fill(a, b)
     if kind == 'induction':
-        order = rng.sample(t['alphabet'], rng.randint(4, 24))
-        out = list(order)
-        while len(out) < 96:
+        order, out = rng.sample(t['alphabet'], rng.randint(4, 24)), []
+        while len(out) < 128:
             start = rng.randrange(len(order) - 1)
             out += order[start:rng.randint(start + 2, len(order))]
         return ' '.join(out)

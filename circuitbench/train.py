@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_loss', 'evaluate', 'unit_gradient', 'TopKTrainer', 'geometric_median', 'train_sae']
 
-# %% ../nbs/42_train.ipynb #e320d39a
+# %% ../nbs/42_train.ipynb #b07d1e7d
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from .edit import splice, zero
 from .hook import HookedModel
-from .latent import activations, shipped_text, token_rows
-from .sae import _SAME, SAE, Metrics, SAEConfig, Text
+from .sae import _SAME, SAE, Metrics, SAEConfig
+from .stream import Text, activations, shipped_text, token_rows
 
 # %% ../nbs/42_train.ipynb #token-loss
 def token_loss(
@@ -46,20 +46,20 @@ def evaluate(
     start, site = time.perf_counter(), sae.check(model)
     rows = token_rows(model, shipped_text('held') if text is None else text, context, tokens).to(model.device)
     err, first, second = 0., torch.zeros(sae.d_in, dtype=torch.float64), 0.              # sums of |x - y|^2, x, |x|^2
-    fired, losses = torch.zeros(sae.d_sae, device=model.device), torch.zeros(3, dtype=torch.float64)
+    fired, losses = torch.zeros(sae.d_sae), torch.zeros(3, dtype=torch.float64)
     edits = ((), splice(site, sae), zero(site))
     size = max(1, 2**24//(rows.shape[1]*model.sizes['d_vocab']))
     for part in tqdm(rows.split(size), 'measuring', disable=not progress, leave=False):
-        x = activations(model, site, part).flatten(0, 1).float()
+        x = activations(model, site, part).flatten(0, 1).to(sae.W_dec)
         value, index = sae.codes(x)
         shift = x - sae.b_dec                                                         # keeps the sums small
         err += float((x - sae(x).flatten(1)).double().square().sum())
         first += shift.double().sum(0).cpu()
         second += float(shift.double().square().sum())
-        fired += torch.bincount(index[value > 0], minlength=sae.d_sae)
+        fired += torch.bincount(index[value > 0], minlength=sae.d_sae).cpu()
         losses += torch.stack([token_loss(model.run(part, edit=e).logits, part) for e in edits]).double().cpu()
     n = rows.numel()
-    sae.frequency = (fired/n).cpu()
+    sae.frequency = fired/n
     variance = second - float(first.square().sum())/n
     return Metrics(1 - err/variance, float(fired.sum())/n, float((fired == 0).float().mean()),
                    *(losses/(n - len(rows))).tolist(), tokens=n, seconds=time.perf_counter() - start)
@@ -95,7 +95,7 @@ class TopKTrainer:
         k: int,
         lr: float,
         steps: int,  # in all: warm-up over the first 5%, decay to 0 over the last half
-        aux: float = 1/32,  # weight of the auxiliary loss
+        aux: float = 1/4,  # weight of the auxiliary loss
         dead_after: int = 10_000_000,  # tokens without firing that make a latent dead
         seed: int = 0,
     ):
@@ -130,13 +130,14 @@ class TopKTrainer:
         db_dec = db_dec - db_enc @ self.E
         self.silent += len(x)
         self.silent[index[value > 0]] = 0
-        figures = {'loss': rest.square().sum(1).mean()/self.var, 'l0': (value > 0).sum()/len(x), 'dead': len(dead)/len(self.D)}
+        figures = {'loss': rest.square().sum(1).mean()/self.var, 'l0': (value > 0).sum()/len(x),
+                   'dead': len(dead)/len(self.D)}
         return [dE, db_enc, unit_gradient(dD, self.D), db_dec], figures
 
     def _auxiliary(self, x, pre, rest, dead):
-        """Gradients of E, b_enc and D for AuxK: the dead latents with the largest activations explain what the others leave.
+        """Gradients of E, b_enc and D for AuxK: the dead latents with the largest activations explain what is left.
 
-        That, `rest`, is taken as given. Few latents are dead, so these products are dense.
+        What is left, `rest`, is taken as given. Few latents are dead, so these products are dense.
         """
         wanted = x.shape[1]//2
         value, index = pre[:, dead].topk(min(wanted, len(dead)), sorted=False)
@@ -175,7 +176,7 @@ def geometric_median(
 
 # %% ../nbs/42_train.ipynb #batches
 def _batches(model, site: str, rows: Tensor, batch: int, tokens: int, seed: int, device) -> Iterator[Tensor]:
-    "Shuffled batches (batch, d_in) until `tokens` are spent; rows are read again, in another order, if they are too few."
+    "Shuffled batches (batch, d_in) until `tokens` are spent; rows are read again, in another order, if too few."
     make, pool, order = torch.Generator().manual_seed(seed), [], []
     size, spent, held = max(1, 4096//rows.shape[1]), 0, 0
     while spent < tokens:
@@ -186,8 +187,8 @@ def _batches(model, site: str, rows: Tensor, batch: int, tokens: int, seed: int,
             pool.append(x.flatten(0, 1).to(device, torch.float32))
             order, held = order[size:], held + pool[-1].shape[0]
         full = torch.cat(pool)[torch.randperm(held, generator=make).to(device)]
-        n = min(len(full) if room == tokens - spent else len(full)//2, tokens - spent)      # half stays, to mix with more
-        for part in full[:n].split(batch): yield part
+        n = min(len(full) if room == tokens - spent else len(full)//2, tokens - spent)    # half stays, to mix with more
+        yield from full[:n].split(batch)
         pool, held, spent = [full[n:]], len(full) - n, spent + n
 
 def _site(model, layer: int | None, site: str | None) -> str:
@@ -201,7 +202,7 @@ def _site(model, layer: int | None, site: str | None) -> str:
         raise ValueError(f'got site {site!r} and layer {layer}, which mean {len(names)} sites; expected one: give '
                          f'layer=0 to {model.n_layers - 1}, or a full name such as {model.site_names(site)[0]!r}')
     if model.adapter.site(names[0].split('.', 2)[-1]).axes[:2] != ('batch', 'pos'):
-        raise ValueError(f'got site {names[0]}, expected one that has a vector for each token; model.sites() lists the axes')
+        raise ValueError(f'got site {names[0]}, expected one with a vector for each token; see model.sites()')
     return names[0]
 
 def _check_numbers(k, expansion, tokens, batch_size, lr, aux):
@@ -214,9 +215,10 @@ def _check_numbers(k, expansion, tokens, batch_size, lr, aux):
     if not 0 <= aux < float('inf'): raise ValueError(f'got aux={aux!r}, expected 0 or a positive number')
 
 def _split(model, text, context: int, tokens: int) -> tuple[Tensor, Tensor, str]:
-    "Rows to train on, rows to measure on, and a note if they are the same; text beyond four times `tokens` is not read."
+    "Rows to train on, rows to measure on, and a note if they are the same; not all of a long text is read."
     limit, held = 4*tokens + 100_000, min(16_384, max(1024, tokens//8))
-    if text is None: return *(token_rows(model, shipped_text(s), context, n) for s, n in (('train', limit), ('held', held))), ''
+    if text is None:
+        return *(token_rows(model, shipped_text(s), context, n) for s, n in (('train', limit), ('held', held))), ''
     rows = token_rows(model, text, context, limit)
     if len(rows) < 2: return rows, rows, f'the text is too short to hold out a part: {_SAME}'
     n = max(1, min(len(rows)//10, held//rows.shape[1]))
@@ -239,7 +241,7 @@ def train_sae(
     site: str | None = None,  # None: model.hook_point
     text: Text = None,  # text, lines or token ids, a tenth held out; None: the text that the shipped models read
     lr: float = 5e-3,
-    aux: float = 1/32,  # weight of the auxiliary loss
+    aux: float = 1/4,  # weight of the auxiliary loss
     context: int = 256,  # tokens a row
     seed: int = 0,
     device: str | torch.device | None = None,  # of the SAE; None: the model's
@@ -247,8 +249,8 @@ def train_sae(
 ) -> SAE:
     """Trains a TopK SAE on a site; `.metrics` tells how good it is on held-out text.
 
-    Ctrl-C ends the training: the SAE trained so far is measured and returned, with a note in its metrics; before the
-    first step it is raised. Raises ValueError for numbers out of range, a site that is not one, or an empty text;
+    Ctrl-C ends the training: the SAE trained so far is measured and returned, with a note in its metrics (without
+    metrics after a Ctrl-C while measuring); before the first step it is raised. Raises ValueError for numbers out of range, a site that is not one, or an empty text;
     SiteError for an unknown site.
     """
     start = time.perf_counter()
@@ -273,6 +275,7 @@ def train_sae(
             note = '; '.join(filter(None, [f'stopped after {trained:,} of {tokens:,} tokens', note]))
     sae = SAE(cfg).to(device)
     for n, w in trainer.weights().items(): getattr(sae, n).data = w
-    metrics = evaluate(model, sae, held, held.numel(), held.shape[1], progress)
+    try: metrics = evaluate(model, sae, held, held.numel(), held.shape[1], progress)
+    except KeyboardInterrupt: return sae
     sae.metrics = replace(metrics, trained=trained, seconds=time.perf_counter() - start, note=note)
     return sae

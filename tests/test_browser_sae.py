@@ -51,13 +51,16 @@ def test_latents_unfold_and_tokens_read_out_by_keyboard(browser, exported, shown
         said = fold.locator('output').first.inner_text()
         assert said.startswith('1: ') and ' = ' in said
         marked = fold.locator('.tk').first.locator('.mk')
-        assert marked.count() == 1 and float(marked.get_attribute('data-t').split(' = ')[1]) == pytest.approx(float(shown.report.peak[first, 0]), rel=.01)
+        assert marked.count() == 1
+        value = float(marked.get_attribute('data-t').split(' = ')[1])
+        assert value == pytest.approx(float(shown.report.peak[first, 0]), rel=.01)
         assert seen.errors == []
 
 
 def test_search_and_order_live_in_jupyterlab(browser, tmp_path):
-    cells = ["from circuitbench.load import load_model\nfrom circuitbench.train import train_sae\nmodel = load_model('mock://mamba2-tiny')\n"
-             "sae = train_sae(model, layer=1, k=8, expansion=4, tokens=1000, batch_size=100, context=50, progress=False)",
+    cells = ['from circuitbench.load import load_model', 'from circuitbench.train import train_sae',
+             "model = load_model('mock://mamba2-tiny')",
+             'sae = train_sae(model, layer=1, k=8, expansion=4, tokens=1000, batch_size=100, progress=False)',
              'shown = sae.inspect(model, tokens=1000)\nshown']
     with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, cells) as (page, seen):
         page.get_by_text('Where it is highest').first.wait_for()
@@ -65,7 +68,8 @@ def test_search_and_order_live_in_jupyterlab(browser, tmp_path):
         offered = lambda: latent.evaluate('e => e.options[0].text + e.options[1].text')
         before = offered()
         sort.select_option('strongest')
-        page.wait_for_function('([e, old]) => e.options[0].text + e.options[1].text != old', arg=[latent.element_handle(), before])
+        page.wait_for_function('([e, old]) => e.options[0].text + e.options[1].text != old',
+                               arg=[latent.element_handle(), before])
         number = latent.evaluate('e => e.options[3].text').split(':')[0]
         latent.select_option(index=3)
         page.get_by_text(f'Latent {number} of').first.wait_for()

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: the coder, its file, its training against autograd and planted directions, its metrics against numpy, and the report on its latents."""
+"""Sparse autoencoders: coder, file, training (autograd, planted directions), metrics (numpy), and what latents do."""
 import json
 import struct
 
@@ -12,13 +12,24 @@ import circuitbench.latent as latent_module
 import circuitbench.sae as sae_module
 import circuitbench.train as train_module
 from circuitbench.edit import clamp, splice, zero
-from circuitbench.latent import LatentReport, SAEInspector, activations, latent_order, latent_report, latent_table, latent_view, logit_effect, overview, shipped_text, token_rows
+from circuitbench.latent import (
+    LatentReport,
+    SAEInspector,
+    latent_order,
+    latent_report,
+    latent_table,
+    latent_view,
+    logit_effect,
+    overview,
+)
 from circuitbench.load import load_model
 from circuitbench.sae import SAE, Metrics, SAEConfig, hook_name
 from circuitbench.site import SiteError
+from circuitbench.stream import activations, shipped_text, token_rows
 from circuitbench.train import TopKTrainer, evaluate, geometric_median, train_sae, unit_gradient
 
 SITE = 'blocks.1.ssm.out_proj_in'
+WEIGHTS = 'sae_weights.safetensors'
 
 
 def top(x): return float(x.detach().abs().max())
@@ -34,12 +45,18 @@ def random_sae(d_in=12, d_sae=40, k=5, **kw):
 def clean(model): return not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
 
 
+def short(model, **kw):
+    "A training of a second."
+    usual = dict(layer=1, k=8, expansion=4, tokens=6000, batch_size=128, context=64, progress=False)
+    return train_sae(model, **usual | kw)
+
+
 @pytest.fixture(scope='module')
 def mamba2(): return load_model('mock://mamba2-tiny')
 
 
 @pytest.fixture(scope='module')
-def trained(mamba2): return train_sae(mamba2, layer=1, k=8, expansion=4, tokens=6000, batch_size=128, context=64, progress=False)
+def trained(mamba2): return short(mamba2)
 
 
 # -- the coder -----------------------------------------------------------------------
@@ -47,7 +64,7 @@ def test_k_is_kept_exactly():
     sae, x = random_sae(), torch.randn(300, 12)
     pre = (x.double() - sae.b_dec) @ sae.W_enc.double() + sae.b_enc
     assert torch.equal((sae.encode(x) > 0).sum(-1), (pre > 0).sum(-1).clamp(max=5))
-    sae.b_enc.data += 100                                                              # all positive: then k of them, ties too
+    sae.b_enc.data += 100                                                       # all positive: then k of them, ties too
     assert ((sae.encode(x) > 0).sum(-1) == 5).all()
     sae.W_enc.data.zero_(), sae.b_enc.data.fill_(1.)
     assert ((sae.encode(x) > 0).sum(-1) == 5).all()
@@ -62,7 +79,8 @@ def test_long_inputs_go_in_parts_and_decoders_agree():
     assert z.shape == (3, 700, 2**14) and top(sae(x) - sae.decode(z)) < 1e-4
     assert top(sae.decode(z) - (z @ sae.W_dec + sae.b_dec)) < 1e-4
     dense = torch.randn(3, 2**14)
-    assert torch.equal(sae.decode(dense), dense @ sae.W_dec + sae.b_dec) and torch.equal(sae.decode(torch.zeros(2, 2**14)), sae.b_dec.expand(2, 8))
+    assert torch.equal(sae.decode(dense), dense @ sae.W_dec + sae.b_dec)
+    assert torch.equal(sae.decode(torch.zeros(2, 2**14)), sae.b_dec.expand(2, 8))
 
 
 def test_gradients_pass_through_the_coder():
@@ -75,7 +93,8 @@ def test_axes_after_pos_are_one(mamba2):
     sae = random_sae(64, 96, 4, site='blocks.0.ssm.y', shape=(4, 16), model=mamba2.name)
     ids = torch.arange(12)[None]
     x = mamba2.run_with_cache(ids, sae.site)[1][sae.site]
-    assert x.shape == (1, 12, 4, 16) and sae(x).shape == x.shape and torch.equal(sae.encode(x), sae.encode(x.flatten(2)))
+    assert x.shape == (1, 12, 4, 16) and sae(x).shape == x.shape
+    assert torch.equal(sae.encode(x), sae.encode(x.flatten(2)))
     assert sae.feature(3).direction.shape == (4, 16)
     _, spliced = mamba2.run_with_cache(ids, sae.site, edit=splice(sae.site, sae))
     assert top(spliced[sae.site] - sae(x)) < 1e-5
@@ -92,10 +111,14 @@ def test_configurations_that_cannot_be(wrong):
 def test_check_says_what_does_not_fit(mamba2):
     sae = random_sae(64, 96, 4, model=mamba2.name)
     assert sae.check(mamba2) == sae.check(mamba2, layer=1, site='out_proj_in') == SITE
-    for call, words in ((lambda: sae.check(load_model('mock://mamba1-tiny')), 'mock://mamba2-tiny for mock://mamba1-tiny'),
-                        (lambda: sae.check(mamba2, layer=0), 'layer 0'), (lambda: sae.check(mamba2, site='ssm.y'), 'ssm.y'),
-                        (lambda: random_sae(65, 96, 4).check(mamba2), r'\(65,\).*\(64,\)'), (lambda: sae.feature(96), '0 to 95'),
-                        (lambda: sae.encode(torch.zeros(3, 63)), r'\(3, 63\)'), (lambda: sae.decode(torch.zeros(3, 95)), '96')):
+    for call, words in (
+            (lambda: sae.check(load_model('mock://mamba1-tiny')), 'mock://mamba2-tiny for mock://mamba1-tiny'),
+            (lambda: sae.check(mamba2, layer=0), 'layer 0'),
+            (lambda: sae.check(mamba2, site='ssm.y'), 'ssm.y'),
+            (lambda: random_sae(65, 96, 4).check(mamba2), r'\(65,\).*\(64,\)'),
+            (lambda: sae.feature(96), '0 to 95'),
+            (lambda: sae.encode(torch.zeros(3, 63)), r'\(3, 63\)'),
+            (lambda: sae.decode(torch.zeros(3, 95)), '96')):
         with pytest.raises(ValueError, match=words) as err: call()
         assert len(str(err.value).splitlines()) == 1
     with pytest.raises(SiteError, match='nearest'): random_sae(site='blocks.1.ssm.nothing').check(mamba2)
@@ -108,7 +131,8 @@ def read_safetensors(path):
     n, = struct.unpack('<Q', raw[:8])
     head = json.loads(raw[8:8 + n])
     assert all(v['dtype'] == 'F32' for k, v in head.items() if k != '__metadata__')
-    return {k: np.frombuffer(raw[8 + n + v['data_offsets'][0]:8 + n + v['data_offsets'][1]], '<f4').reshape(v['shape']) for k, v in head.items() if k != '__metadata__'}
+    part = lambda a, b: np.frombuffer(raw[8 + n + a:8 + n + b], '<f4')
+    return {k: part(*v['data_offsets']).reshape(v['shape']) for k, v in head.items() if k != '__metadata__'}
 
 
 def saelens_topk(cfg, w, x):
@@ -125,12 +149,14 @@ def saelens_topk(cfg, w, x):
 
 def test_the_file_read_by_hand_gives_the_same(trained, mamba2, tmp_path):
     folder = trained.save(tmp_path/'a'/'sae')
-    assert sorted(p.name for p in folder.iterdir()) == ['cfg.json', 'sae_weights.safetensors', 'sparsity.safetensors']
-    cfg, w = json.loads((folder/'cfg.json').read_text()), read_safetensors(folder/'sae_weights.safetensors')
-    assert set(w) == {'W_enc', 'b_enc', 'W_dec', 'b_dec'} and w['W_enc'].shape == (64, 256) and w['W_dec'].shape == (256, 64)
+    assert sorted(p.name for p in folder.iterdir()) == ['cfg.json', WEIGHTS, 'sparsity.safetensors']
+    cfg, w = json.loads((folder/'cfg.json').read_text()), read_safetensors(folder/WEIGHTS)
+    assert set(w) == {'W_enc', 'b_enc', 'W_dec', 'b_dec'} and w['W_enc'].shape == (64, 256)
+    assert w['W_dec'].shape == (256, 64)
     assert (cfg['architecture'], cfg['d_in'], cfg['d_sae'], cfg['k'], cfg['dtype']) == ('topk', 64, 256, 8, 'float32')
     assert cfg['metadata']['sae_lens_version'].split('.')[0] == '6' and cfg['metadata']['model_name'] == mamba2.name
-    assert cfg['metadata']['hook_name'] == 'blocks.1.mixer.out_proj.hook_in' and cfg['metadata']['circuitbench']['site'] == SITE
+    assert cfg['metadata']['hook_name'] == 'blocks.1.mixer.out_proj.hook_in'
+    assert cfg['metadata']['circuitbench']['site'] == SITE
     x = activations(mamba2, SITE, torch.randint(257, (2, 30), generator=torch.Generator().manual_seed(3))).flatten(0, 1)
     a, y = saelens_topk(cfg, w, x.double().numpy())
     assert np.abs(trained.encode(x).numpy() - a).max() < 1e-4 and np.abs(trained(x).numpy() - y).max() < 1e-4
@@ -140,10 +166,12 @@ def test_the_file_read_by_hand_gives_the_same(trained, mamba2, tmp_path):
 
 def test_load_gives_back_every_bit(trained, tmp_path):
     back = SAE.load(trained.save(tmp_path/'sae'))
-    assert back.cfg == trained.cfg and back.metrics == trained.metrics and top(back.frequency - trained.frequency) < 1e-6
-    for (n, p), (m, q) in zip(trained.named_parameters(), back.named_parameters()): assert n == m and torch.equal(p, q) and not q.requires_grad
+    assert back.cfg == trained.cfg and back.metrics == trained.metrics
+    assert top(back.frequency - trained.frequency) < 1e-6
+    for (n, p), (m, q) in zip(trained.named_parameters(), back.named_parameters()):
+        assert n == m and torch.equal(p, q) and not q.requires_grad
     again = SAE.load(back.save(tmp_path/'again'))
-    assert all((tmp_path/'sae'/f).read_bytes() == (tmp_path/'again'/f).read_bytes() for f in ('cfg.json', 'sae_weights.safetensors'))
+    for f in ('cfg.json', WEIGHTS): assert (tmp_path/'sae'/f).read_bytes() == (tmp_path/'again'/f).read_bytes()
     assert again.metrics == trained.metrics
 
 
@@ -154,7 +182,8 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(trained, tmp_path, m
     monkeypatch.setattr(sae_module.json, 'dumps', fail)
     with pytest.raises(KeyboardInterrupt): trained.save(folder)
     monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and [p.name for p in tmp_path.iterdir()] == ['sae']
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ['sae']
     trained.save(folder)                                                               # replaced as a whole
     assert SAE.load(folder).cfg == trained.cfg and [p.name for p in tmp_path.iterdir()] == ['sae']
     (folder/'notes.txt').write_text('mine')
@@ -163,17 +192,22 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(trained, tmp_path, m
     with pytest.raises(ValueError, match='a file'): trained.save(folder/'notes.txt')
 
 
+def rewrite(folder, change):
+    "Write other weights into an SAE's folder."
+    save_file(change(dict(random_sae().named_parameters())), folder/WEIGHTS)
+
+
 @pytest.mark.parametrize('harm, words', [
     (lambda f: (f/'cfg.json').unlink(), 'cannot be read'),
     (lambda f: (f/'cfg.json').write_text('{"architecture": "to'), 'cannot be read'),
     (lambda f: (f/'cfg.json').write_text('[]'), 'cannot be read'),
     (lambda f: (f/'cfg.json').write_bytes(b'\xff\xfe\x00'), 'cannot be read'),
-    (lambda f: (f/'sae_weights.safetensors').write_bytes(b'x'*40), 'cannot be read'),
-    (lambda f: (f/'sae_weights.safetensors').write_bytes((f/'sae_weights.safetensors').read_bytes()[:-8]), 'cannot be read'),
-    (lambda f: save_file({'W_enc': torch.zeros(12, 40)}, f/'sae_weights.safetensors'), 'b_enc of shape None'),
-    (lambda f: save_file({n: p.mT.contiguous() if p.dim() == 2 else p for n, p in random_sae().named_parameters()}, f/'sae_weights.safetensors'), r'W_enc of shape \(40, 12\)'),
-    (lambda f: save_file({**dict(random_sae().named_parameters()), 'threshold': torch.zeros(40)}, f/'sae_weights.safetensors'), 'threshold'),
-    (lambda f: save_file({n: p*torch.nan for n, p in random_sae().named_parameters()}, f/'sae_weights.safetensors'), 'not finite'),
+    (lambda f: (f/WEIGHTS).write_bytes(b'x'*40), 'cannot be read'),
+    (lambda f: (f/WEIGHTS).write_bytes((f/WEIGHTS).read_bytes()[:-8]), 'cannot be read'),
+    (lambda f: rewrite(f, lambda w: {'W_enc': w['W_enc']}), 'b_enc of shape None'),
+    (lambda f: rewrite(f, lambda w: w | {'W_enc': w['W_enc'].T.contiguous()}), r'W_enc of shape \(40, 12\)'),
+    (lambda f: rewrite(f, lambda w: w | {'threshold': torch.zeros(40)}), 'threshold'),
+    (lambda f: rewrite(f, lambda w: {n: p*torch.nan for n, p in w.items()}), 'not finite'),
     (lambda f: change(f, architecture='jumprelu'), "'jumprelu', expected 'topk'"),
     (lambda f: change(f, normalize_activations='layer_norm'), 'layer_norm'),
     (lambda f: change(f, k=None), 'whole number k'),
@@ -193,20 +227,24 @@ def change(folder, **keys):
     (folder/'cfg.json').write_text(json.dumps(cfg | keys))
 
 
-@pytest.mark.parametrize('keys', [dict(rescale_acts_by_decoder_norm=True), dict(apply_b_dec_to_input=False), dict(rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False)])
+@pytest.mark.parametrize('keys', [
+    dict(rescale_acts_by_decoder_norm=True), dict(apply_b_dec_to_input=False),
+    dict(rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False)])
 def test_variants_of_other_writers_are_folded(tmp_path, keys):
     sae = random_sae()
     sae.W_dec.data *= torch.rand(40, 1) + .5
     folder = sae.save(tmp_path/'sae')
     change(folder, **keys, metadata={'sae_lens_version': '6.0.0', 'hook_name': 'blocks.1.hook_out'})
     back, x = SAE.load(folder), torch.randn(50, 12)
-    a, y = saelens_topk(json.loads((folder/'cfg.json').read_text()), read_safetensors(folder/'sae_weights.safetensors'), x.double().numpy())
+    cfg = json.loads((folder/'cfg.json').read_text())
+    a, y = saelens_topk(cfg, read_safetensors(folder/WEIGHTS), x.double().numpy())
     assert np.abs(back.encode(x).numpy() - a).max() < 1e-4 and np.abs(back(x).numpy() - y).max() < 1e-4
     assert back.site == 'blocks.1.resid_post' and back.cfg.model == '' and back.metrics is None
 
 
-@pytest.mark.parametrize('site, want', [('blocks.3.resid_post', 'blocks.3.hook_out'), ('blocks.3.mixer_out', 'blocks.3.mixer.hook_out'),
-                                        ('blocks.3.ssm.state', 'blocks.3.mixer.hook_ssm_state'), ('blocks.3.ssm.y', 'blocks.3.ssm.y'), ('embed', 'embed')])
+@pytest.mark.parametrize('site, want', [
+    ('blocks.3.resid_post', 'blocks.3.hook_out'), ('blocks.3.mixer_out', 'blocks.3.mixer.hook_out'), ('embed', 'embed'),
+    ('blocks.3.ssm.state', 'blocks.3.mixer.hook_ssm_state'), ('blocks.3.ssm.y', 'blocks.3.ssm.y')])
 def test_hook_names_are_the_bridges(site, want): assert hook_name(site) == want
 
 
@@ -256,7 +294,8 @@ def planted(n, d=32, m=48, active=3, seed=7):
     "Data (n, d) made of m known directions, `active` at a time, and the directions."
     make = torch.Generator().manual_seed(seed)
     rows = F.normalize(torch.randn(m, d, generator=make), dim=1)
-    z = torch.zeros(n, m).scatter(1, torch.rand(n, m, generator=make).topk(active).indices, 1 + torch.rand(n, active, generator=make))
+    which, size = torch.rand(n, m, generator=make).topk(active).indices, 1 + torch.rand(n, active, generator=make)
+    z = torch.zeros(n, m).scatter(1, which, size)
     return z @ rows + .5 + .01*torch.randn(n, d, generator=make), rows
 
 
@@ -274,7 +313,8 @@ def test_planted_directions_are_found_and_random_ones_fail():
     start = found(t.D, rows)
     figures = fit(x, t)
     assert found(t.D, rows) > .97 and float(figures['loss']) < .05
-    assert start < .6 and found(F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(9)), dim=1), rows) < .6
+    assert start < .6
+    assert found(F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(9)), dim=1), rows) < .6
 
 
 def test_auxk_brings_dead_latents_back():
@@ -293,7 +333,8 @@ def test_scale_is_folded_in():
     fit(100*x, t)
     sae = SAE(SAEConfig(32, 64, 3, SITE))
     for n, w in t.weights().items(): getattr(sae, n).data = w
-    inside = F.embedding_bag((p := (t.scale*100*x[:50] - t.b_dec) @ t.E.T + t.b_enc).topk(3).indices, t.D, per_sample_weights=p.topk(3).values.relu(), mode='sum') + t.b_dec
+    value, index = ((t.scale*100*x[:50] - t.b_dec) @ t.E.T + t.b_enc).topk(3)
+    inside = torch.zeros(50, 64).scatter(1, index, value.relu()) @ t.D + t.b_dec
     assert top(sae(100*x[:50])*t.scale - inside) < 1e-4
 
 
@@ -304,35 +345,51 @@ def test_geometric_median_stands_outliers():
 
 
 def test_the_call_that_everyone_makes_first(model):
-    sae = train_sae(load_model(model.name, hook_point='out_proj_in'), layer=1, k=32, expansion=8, tokens=2048, batch_size=64)
-    assert (sae.d_sae, sae.k, sae.site, sae.layer, sae.cfg.family) == (8*model.sizes['d_inner'], 32, SITE, 1, model.adapter.family)
+    model = load_model(model.name, hook_point='out_proj_in')
+    sae = train_sae(model, layer=1, k=32, expansion=8, tokens=2048, batch_size=64)
+    assert (sae.d_sae, sae.k, sae.site, sae.layer) == (8*model.sizes['d_inner'], 32, SITE, 1)
+    assert sae.cfg.family == model.adapter.family
     m = sae.metrics
-    assert m.trained == 2048 and m.tokens >= 1024 and 0 < m.l0 <= 32 and 0 <= m.dead < 1 and m.fve > 0 and 'clean' in repr(m)
+    assert m.trained == 2048 and m.tokens >= 1024 and 0 < m.l0 <= 32 and 0 <= m.dead < 1 and m.fve > 0
+    assert 'clean' in repr(m)
     assert clean(model) and not any(p.requires_grad for p in sae.parameters())
 
 
 def test_training_explains_the_activations_and_repeats_itself(trained, mamba2):
     start = evaluate(mamba2, SAE(trained.cfg), tokens=1024, context=64)
     assert trained.metrics.fve > .45 > start.fve and trained.metrics.l0 <= 8
-    again = train_sae(mamba2, layer=1, k=8, expansion=4, tokens=6000, batch_size=128, context=64, progress=False)
+    again = short(mamba2)
     assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters()))
-    other = train_sae(mamba2, layer=1, k=8, expansion=4, tokens=6000, batch_size=128, context=64, seed=1, progress=False)
-    assert not torch.equal(other.W_dec, trained.W_dec)
+    assert not torch.equal(short(mamba2, seed=1).W_dec, trained.W_dec)
 
 
-@pytest.mark.parametrize('site', ['blocks.0.ssm.y', 'blocks.1.resid_post', 'blocks.0.ssm.conv', 'embed', 'blocks.0.ssm.state', 'H3'])
+@pytest.mark.parametrize('site', [
+    'blocks.0.ssm.y', 'blocks.1.resid_post', 'blocks.0.ssm.conv', 'embed', 'blocks.0.ssm.state', 'H3'])
 def test_other_sites(model, site, capsys):
-    sae = train_sae(model, layer=0 if site == 'H3' else None, site=site, k=4, expansion=1, tokens=256, batch_size=64, context=32, text='In the beginning. '*40, progress=False)
+    sae = short(model, layer=0 if site == 'H3' else None, site=site, k=4, expansion=1, tokens=256, batch_size=64,
+                context=32, text='In the beginning. '*40)
     shape = model.site_shape(sae.site, 1, 1)[2:]
     assert sae.cfg.shape == shape and sae.check(model) and torch.isfinite(torch.tensor(sae.metrics.loss_spliced))
     assert capsys.readouterr().err == ''                                               # progress=False is quiet
 
 
+def test_half_precision_models(mamba2):
+    half = load_model('mock://mamba2-tiny', dtype=torch.bfloat16)
+    sae = short(half, tokens=2000)
+    assert sae.W_dec.dtype == torch.float32 and sae.metrics.fve > .2
+    assert half.run([1, 2, 3], edit=splice(SITE, sae)).logits.dtype == torch.bfloat16
+    assert sae.report(half, tokens=500).frequency.sum() > 0
+
+
 def test_numbers_text_and_sites_that_cannot_be(mamba2):
-    for kw, words in ((dict(k=2000), 'd_sae, which is 512'), (dict(k=0), 'k=0'), (dict(tokens=0), 'tokens=0'), (dict(tokens=-5), 'tokens=-5'), (dict(layer=2), '0 to 1'), (dict(layer=-1), '0 to 1'),
-                      (dict(layer=None), 'layer=0 to 1'), (dict(text=''), '0 tokens'), (dict(text=[]), '0 tokens'), (dict(batch_size=0), 'batch_size=0'), (dict(lr=float('nan')), 'lr=nan'),
-                      (dict(expansion=0), 'expansion=0'), (dict(layer=0, site=SITE), '0 sites'), (dict(aux=-1), 'aux=-1'), (dict(context=1), 'context=1'), (dict(text=torch.tensor([1, 999])), '999')):
-        with pytest.raises(ValueError, match=words): train_sae(mamba2, **(dict(layer=1, tokens=64, progress=False) | kw))
+    for kw, words in (
+            (dict(k=2000), 'd_sae, which is 256'), (dict(k=0), 'k=0'), (dict(tokens=0), 'tokens=0'),
+            (dict(tokens=-5), 'tokens=-5'), (dict(layer=2), '0 to 1'), (dict(layer=-1), '0 to 1'),
+            (dict(layer=None), 'layer=0 to 1'), (dict(text=''), '0 tokens'), (dict(text=[]), '0 tokens'),
+            (dict(batch_size=0), 'batch_size=0'), (dict(lr=float('nan')), 'lr=nan'), (dict(expansion=0), 'expansion=0'),
+            (dict(layer=0, site=SITE), '0 sites'), (dict(aux=-1), 'aux=-1'), (dict(context=1), 'context=1'),
+            (dict(text=torch.tensor([1, 999])), '999')):
+        with pytest.raises(ValueError, match=words): short(mamba2, **kw)
     with pytest.raises(SiteError, match='nearest'): train_sae(mamba2, layer=1, site='ssm.nothing')
     with pytest.raises(TypeError, match='int among the lines'): train_sae(mamba2, layer=1, text=['a', 3])
     assert clean(mamba2)
@@ -340,8 +397,9 @@ def test_numbers_text_and_sites_that_cannot_be(mamba2):
 
 def test_a_short_text_is_read_again_and_says_so(mamba2):
     sae = train_sae(mamba2, layer=1, k=4, expansion=2, tokens=500, batch_size=50, text='Hello there', progress=False)
-    assert sae.metrics.trained == 500 and 'too short' in sae.metrics.note and 'too short' in repr(sae.metrics) and sae.cfg.context == 11
-    lines = train_sae(mamba2, layer=1, k=4, expansion=2, tokens=500, batch_size=50, context=16, text=(f'line {i}' for i in range(99)), progress=False)
+    assert sae.metrics.trained == 500 and 'too short' in sae.metrics.note and 'too short' in repr(sae.metrics)
+    assert sae.cfg.context == 11
+    lines = short(mamba2, tokens=500, batch_size=50, context=16, text=(f'line {i}' for i in range(99)))
     assert lines.metrics.note == '' and lines.metrics.trained == 500
 
 
@@ -353,8 +411,12 @@ def test_ctrl_c_keeps_what_was_learned(mamba2, monkeypatch):
         return real(self, x)
     monkeypatch.setattr(TopKTrainer, 'step', step)
     sae = train_sae(mamba2, layer=1, k=4, expansion=2, tokens=1000, batch_size=50, context=32, progress=False)
-    assert sae.metrics.trained == 250 and sae.metrics.note == 'stopped after 250 of 1,000 tokens' and sae.metrics.fve == sae.metrics.fve
+    assert sae.metrics.trained == 250 and sae.metrics.note == 'stopped after 250 of 1,000 tokens'
+    assert sae.metrics.fve == sae.metrics.fve
     def never(*args): raise KeyboardInterrupt
+    monkeypatch.undo()
+    monkeypatch.setattr(train_module, 'evaluate', never)                               # a second one, while measuring
+    assert short(mamba2, tokens=300).metrics is None and 'explained' not in repr(short(mamba2, tokens=300))
     monkeypatch.setattr(train_module, 'activations', never)
     with pytest.raises(KeyboardInterrupt): train_sae(mamba2, layer=1, tokens=100, progress=False)
     assert clean(mamba2)
@@ -377,7 +439,8 @@ def test_metrics_equal_numpy_and_replacement_by_hand(trained, mamba2):
     x = activations(mamba2, SITE, rows).flatten(0, 1)
     y, z, x64 = trained(x).double().numpy(), trained.encode(x).numpy(), x.double().numpy()
     assert abs(m.fve - (1 - ((x64 - y)**2).sum()/((x64 - x64.mean(0))**2).sum())) < 1e-6
-    assert m.l0 == pytest.approx((z > 0).sum(1).mean()) and m.dead == pytest.approx((~(z > 0).any(0)).mean()) and m.tokens == 640
+    assert m.l0 == pytest.approx((z > 0).sum(1).mean()) and m.dead == pytest.approx((~(z > 0).any(0)).mean())
+    assert m.tokens == 640
     assert np.allclose(trained.frequency, (z > 0).mean(0))
     def loss(replace):
         "The loss with the output projection's input replaced by hand."
@@ -387,8 +450,8 @@ def test_metrics_equal_numpy_and_replacement_by_hand(trained, mamba2):
         logits = logits[:, :-1] - logits.max(-1, keepdims=True)[:, :-1]
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -np.take_along_axis(logp, rows[:, 1:, None].long().numpy(), -1).mean()
-    for got, replace in ((m.loss_clean, lambda x: x), (m.loss_spliced, lambda x: trained.decode(trained.encode(x))), (m.loss_zero, torch.zeros_like)):
-        assert abs(got - loss(replace)) < 1e-4
+    assert abs(m.loss_clean - loss(lambda x: x)) < 1e-4 and abs(m.loss_zero - loss(torch.zeros_like)) < 1e-4
+    assert abs(m.loss_spliced - loss(lambda x: trained.decode(trained.encode(x)))) < 1e-4
     assert clean(mamba2)
 
 
@@ -414,9 +477,10 @@ def test_the_report_equals_counting_over_everything(trained, mamba2, report):
     for j in range(0, 256, 25):
         counts = np.histogram(z[..., j][z[..., j] > 0], np.arange(33)*float(report.width[j]))[0]
         assert counts.tolist() == report.counts[j].tolist()
-        for c in range(4):                                                             # each window is a piece of a row, with these activations
+        for c in range(4):                                     # each window is a piece of a row, with these activations
             at = (rows.unfold(1, 16, 1) == report.ids[j, c]).all(-1).nonzero()
-            assert len(at) and any(torch.allclose(z[r, s:s + 16, j], report.acts[j, c], atol=1e-6) for r, s in at.tolist())
+            assert len(at)
+            assert any(torch.allclose(z[r, s:s + 16, j], report.acts[j, c], atol=1e-6) for r, s in at.tolist())
             assert float(report.acts[j, c].max()) == pytest.approx(float(report.peak[j, c]), abs=1e-6)
 
 
@@ -424,17 +488,18 @@ def test_parts_do_not_matter(trained, mamba2, report, monkeypatch):
     monkeypatch.setattr(latent_module, '_CELLS', 3*50*256)                             # 3 rows at a time
     parts = latent_report(mamba2, trained, tokens=2000, contexts=4, window=16, context=50)
     assert torch.allclose(parts.peak, report.peak, atol=1e-5) and torch.allclose(parts.mean, report.mean, atol=1e-5)
-    assert torch.equal(parts.counts, report.counts) and torch.equal(parts.frequency, report.frequency) and torch.equal(parts.up[0], report.up[0])
+    assert torch.equal(parts.counts, report.counts) and torch.equal(parts.frequency, report.frequency)
+    assert torch.equal(parts.up[0], report.up[0])
 
 
 def test_logit_effect_is_the_derivative_where_the_norm_stands_still(model):
-    "A step across the final stream leaves its length alone to first order, so the logits move by the effect over that length."
+    "A step across the final stream leaves its length alone to first order: the logits move by the effect over it."
     ids, short = torch.arange(1, 9)[None], 'ssm.out_proj_in'
     final = model.run_with_cache(ids, 'blocks.1.resid_post')[1]['blocks.1.resid_post'][0, -1].double()
     out = model.blocks[1].mixer.out_proj.weight.double()
     d = torch.randn(out.shape[1], dtype=torch.double, generator=torch.Generator().manual_seed(0))
     toward = final @ out
-    d -= (d @ toward)/(toward @ toward)*toward                                         # out d is orthogonal to the stream
+    d -= (d @ toward)/(toward @ toward)*toward                                       # out d is orthogonal to the stream
     effect = logit_effect(model, f'blocks.1.{short}', d[None].float())[0].double()
     norm = [m for m in model.hf.backbone.children() if hasattr(m, 'variance_epsilon')][0]
     head = model.hf.lm_head.weight.double()
@@ -448,11 +513,15 @@ def test_logit_effect_is_the_derivative_where_the_norm_stands_still(model):
 
 def test_latents_are_ordered_and_searched(report):
     by = latent_order(report)
-    assert [float(report.frequency[j]) for j in by] == sorted((float(f) for f in report.frequency if f > 0), reverse=True)
+    alive = report.frequency[report.frequency > 0]
+    assert torch.equal(report.frequency[by], alive.sort(descending=True).values)
     assert latent_order(report, 'rarest')[0] in [j for j in by if report.frequency[j] == report.frequency[by[-1]]]
-    assert report.peak[latent_order(report, 'strongest')[0], 0] == report.peak.max() and latent_order(report, 'number') == sorted(by)
+    assert report.peak[latent_order(report, 'strongest')[0], 0] == report.peak.max()
+    assert latent_order(report, 'number') == sorted(by)
     hits = latent_order(report, search='Q')
-    assert hits and all('q' in ''.join(report.words(j) + [report.strings[i] for i in report.up[0][j].tolist()]).lower() for j in hits)
+    assert hits
+    raised = lambda j: [report.strings[i] for i in report.up[0][j].tolist()]
+    assert all('q' in ''.join(report.words(j) + raised(j)).lower() for j in hits)
     assert latent_order(report, search='no such token') == []
     with pytest.raises(ValueError, match='most frequent'): latent_order(report, 'loudest')
 
@@ -460,14 +529,17 @@ def test_latents_are_ordered_and_searched(report):
 def test_views_say_what_the_report_holds(report, trained, mamba2):
     j = latent_order(report)[0]
     html = latent_view(report, j, contexts=2)
-    assert f'Latent {j} of {SITE}' in html and html.count('class="tk"') == 2 and html.count('class=mk') == 2 and 'Tokens that it raises' in html
-    assert '2,000 tokens' in html and 'http' not in html and str(j) in latent_table(report, [j]) and 'never fire' in overview(report)
+    assert f'Latent {j} of {SITE}' in html and html.count('class="tk"') == 2 and html.count('class=mk') == 2
+    assert 'Tokens that it raises' in html
+    assert '2,000 tokens' in html and 'http' not in html and str(j) in latent_table(report, [j])
+    assert 'never fire' in overview(report)
     for wrong in (-1, 256):
         with pytest.raises(ValueError, match='0 to 255'): latent_view(report, wrong)
     other = random_sae(64, 80, 3, site='blocks.0.ssm.y', shape=(4, 16), model=mamba2.name)
     other.b_enc.data[:5] = -1e6
     there = latent_report(mamba2, other, 'Let there be light. '*20, tokens=200)
-    assert there.up is None and 'not linear' in latent_view(there, latent_order(there)[0]) and 'fires on none' in latent_view(there, 2)
+    assert there.up is None and 'not linear' in latent_view(there, latent_order(there)[0])
+    assert 'fires on none' in latent_view(there, 2)
     assert there.dead >= 5/80 and isinstance(there, LatentReport)
 
 
@@ -487,7 +559,8 @@ def test_the_inspector_follows_search_and_order(report):
 
 def test_an_sae_of_another_model_is_refused_everywhere(trained):
     other = load_model('mock://mamba1-tiny')
-    for call in (lambda: latent_report(other, trained), lambda: evaluate(other, trained), lambda: trained.inspect(other)):
+    for call in (lambda: latent_report(other, trained), lambda: evaluate(other, trained),
+                 lambda: trained.inspect(other)):
         with pytest.raises(ValueError, match='mock://mamba2-tiny for mock://mamba1-tiny'): call()
 
 
