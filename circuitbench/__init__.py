@@ -1,4 +1,4 @@
-"""Open up state-space models and SSM-attention hybrids: read, edit and differentiate every tensor, the recurrent state included."""
+"""Open up state-space models and SSM-attention hybrids, the recurrent state after every step included."""
 
 __version__ = "0.1.0"
 
@@ -12,4 +12,6 @@ from circuitbench.site import SiteError
 from circuitbench.steer import Steered, steer
 from circuitbench.train import train_sae
 
-__all__ = ["Cache", "Circuit", "Edit", "Edits", "Generation", "HookedModel", "Output", "SAE", "SiteError", "Steered", "extract_circuit", "load_model", "steer", "train_sae"]
+__all__ = [
+    "Cache", "Circuit", "Edit", "Edits", "Generation", "HookedModel", "Output", "SAE", "SiteError", "Steered",
+    "extract_circuit", "load_model", "steer", "train_sae"]

@@ -156,7 +156,7 @@ def cells(
     for name, (_, layer, site) in ((n, n.split('.', 2)) for n in names):
         if layers is not None and int(layer) not in layers: continue
         axes = model.adapter.site(site).axes
-        if axes[1] != 'pos': raise ValueError(f'got site {name}, expected one with positions as axis 1; see model.sites()')
+        if axes[1] != 'pos': raise ValueError(f'got site {name}, expected one whose axis 1 is pos; see model.sites()')
         if heads is None or 'head' not in axes: out.append(Cell(name, int(layer), site))
         else: out += [Cell(name, int(layer), f'{site}[{h}]', (h,)) for h in heads]
     if not out: raise ValueError(f'got sites={sites!r}, expected some that layers {layers} have; see model.sites()')

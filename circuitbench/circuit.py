@@ -282,7 +282,7 @@ def _explain(circuit: Circuit) -> str:
     put = {'mean': "its mean over the prompt's positions", 'data': 'its mean over other text', 'zero': '0'}
     return (f'Each cell: the site is replaced by {put[circuit.ablation]} at every position. Effect: {circuit.metric} '
             f'of the clean run ({num(circuit.clean)}) minus that of the ablated one: above 0 the answer needs it. '
-            'Change of the output: ||ablated - clean|| / ||clean|| of the logits.' 
+            'Change of the output: ||ablated - clean|| / ||clean|| of the logits.'
             + f' Here {circuit.note}.'*bool(circuit.note))
 
 class CircuitInspector(Inspector):

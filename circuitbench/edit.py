@@ -81,7 +81,7 @@ class Edit:
         object.__setattr__(self, 'pos', check_at(self.pos))
         if self.head is not None:
             head = (self.head,) if isinstance(self.head, int) else tuple(int(h) for h in self.head)
-            if not head or min(head) < 0: raise ValueError(f'got heads={head}, expected one or more head numbers from 0')
+            if not head or min(head) < 0: raise ValueError(f'got heads={head}, expected head numbers, each 0 or more')
             object.__setattr__(self, 'head', head)
 
     def at(self, at: At) -> 'Edit': return replace(self, pos=at)

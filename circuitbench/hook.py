@@ -88,8 +88,8 @@ class HookedModel:
     ) -> tuple[Tensor, Tensor | None]:
         "Token ids (batch, pos) and their mask, None where nothing is padded; ValueError for an empty prompt."
         texts = [prompt] if isinstance(prompt, str) else prompt
-        if isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts): ids, mask = self._padded(texts, pad)
-        else: ids, mask = torch.atleast_2d(torch.as_tensor(prompt)), None
+        is_text = isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)
+        ids, mask = self._padded(texts, pad) if is_text else (torch.atleast_2d(torch.as_tensor(prompt)), None)
         if not ids.numel(): raise ValueError('got an empty prompt, expected at least one token')
         if ids.min() < 0 or ids.max() >= self.sizes['d_vocab']:
             raise ValueError(f'got token ids from {int(ids.min())} to {int(ids.max())}, '

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Shipped', 'shipped_models', 'tiny_path', 'prompts', 'score', 'bits_per_byte']
 
-# %% ../nbs/31_tiny.ipynb #a2b9434c
-import json, math
+# %% ../nbs/31_tiny.ipynb #b5f97745
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,13 @@ class Shipped:
     "The last line of `log.jsonl`: step, seconds, held-out bits a byte, accuracy of each kind of prompt."
 
 def shipped_models() -> list[Shipped]:
-    "Lists the shipped models by name, checkpoints of a training run after the finished model and in order of their step."
+    "Lists the shipped models by name; checkpoints stand after the finished model, in order of their step."
     out = []
     for weights in DATA.glob('*/model.safetensors'):
         folder = weights.parent
-        out.append(Shipped(folder.name, folder, json.loads((folder/'config.json').read_text())['model_type'], weights.stat().st_size,
-                           json.loads((folder/'log.jsonl').read_text().splitlines()[-1])))
+        config, log = (folder/'config.json').read_text(), (folder/'log.jsonl').read_text().splitlines()
+        model_type, figures = json.loads(config)['model_type'], json.loads(log[-1])
+        out.append(Shipped(folder.name, folder, model_type, weights.stat().st_size, figures))
     base = lambda m: (m.name.split('-')[0], '-' in m.name, m.figures['step'])
     return sorted(out, key=base)
 
@@ -59,7 +61,8 @@ def _logits(model, ids):
 
 def _tokenizer(model, tokenizer):
     tokenizer = tokenizer if tokenizer is not None else getattr(model, 'tokenizer', None)
-    if tokenizer is None: raise ValueError('the model carries no tokenizer: give one, e.g. AutoTokenizer.from_pretrained(tiny_path("mamba2"))')
+    if tokenizer is None:
+        raise ValueError('the model carries no tokenizer: give one, AutoTokenizer.from_pretrained(tiny_path("mamba2"))')
     return tokenizer
 
 def prompts(
@@ -81,7 +84,7 @@ def score(
     tokenizer=None,  # None: `model.tokenizer`
     batch: int = 32,
 ) -> float:
-    "Measures the share of prompts whose target is the most likely continuation; of a target of several tokens each must be."
+    "Measures the share of prompts whose target is the most likely continuation, token by token."
     tok = _tokenizer(model, tokenizer)
     right, total, by_shape = 0, 0, {}
     for p in prompts(kind, n) if isinstance(kind, str) else kind:

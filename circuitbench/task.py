@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['DATA', 'tables', 'text', 'Prompt', 'fact_pairs', 'facts', 'indirect_object', 'induction', 'training_line']
 
-# %% ../nbs/30_task.ipynb #2287ee4e
-import json, lzma, random
+# %% ../nbs/30_task.ipynb #0329a79b
+import json
+import lzma
+import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,8 +65,10 @@ def fact_pairs(
 ) -> list[tuple[int, int]]:
     "Lists the (fact, wording) index pairs of one split."
     _check_split(split)
-    t = tables(); held = {tuple(p) for p in t['held']}
-    return [(i, j) for i in range(len(t['facts'])) for j in range(len(t['wordings'])) if ((i, j) in held) == (split == 'held')]
+    t = tables()
+    held = {tuple(p) for p in t['held']}
+    pairs = [(i, j) for i in range(len(t['facts'])) for j in range(len(t['wordings']))]
+    return [p for p in pairs if (p in held) == (split == 'held')]
 
 def facts(
     split: str = 'held',  # 'held': pairs of fact and wording not seen together in training; 'train': the others
@@ -124,7 +128,7 @@ def indirect_object(
 # %% ../nbs/30_task.ipynb #induction
 def induction(
     n: int = 100,  # how many strings
-    length: int = 20,  # symbols before the repetition, 3 to 64
+    length: int = 20,  # symbols before the repetition, 3 to 62
     seed: int = 0,
 ) -> list[Prompt]:
     "Makes prompts that repeat a random string up to some symbol; in `corrupt` another one followed it."

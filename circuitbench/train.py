@@ -249,9 +249,9 @@ def train_sae(
 ) -> SAE:
     """Trains a TopK SAE on a site; `.metrics` tells how good it is on held-out text.
 
-    Ctrl-C ends the training: the SAE trained so far is measured and returned, with a note in its metrics (without
-    metrics after a Ctrl-C while measuring); before the first step it is raised. Raises ValueError for numbers out of range, a site that is not one, or an empty text;
-    SiteError for an unknown site.
+    Ctrl-C ends the training: the SAE trained so far is measured and returned, with a note in its metrics; it has none
+    after a Ctrl-C while measuring, and before the first step Ctrl-C is raised. Raises ValueError for numbers out of
+    range, a site that is not one, or an empty text; SiteError for an unknown site.
     """
     start = time.perf_counter()
     _check_numbers(k, expansion, tokens, batch_size, lr, aux)

@@ -108,7 +108,7 @@ def notebook_page(browser, lab, cells, name='inspect.ipynb', **options):
         page.locator('.jp-Notebook .jp-CodeCell .cm-content').first.click()
         for _ in cells: page.keyboard.press('Shift+Enter')
         last = page.locator('.jp-CodeCell .jp-InputPrompt').nth(len(cells) - 1)
-        page.wait_for_function('e => /\\d/.test(e.textContent)', arg=last.element_handle(), timeout=60_000)
+        page.wait_for_function('e => /\\d/.test(e.textContent)', arg=last.element_handle(), timeout=180_000)
         yield page, seen
 
 

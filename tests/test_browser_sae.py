@@ -57,10 +57,11 @@ def test_latents_unfold_and_tokens_read_out_by_keyboard(browser, exported, shown
         assert seen.errors == []
 
 
+@pytest.mark.slow
 def test_search_and_order_live_in_jupyterlab(browser, tmp_path):
-    cells = ['from circuitbench.load import load_model', 'from circuitbench.train import train_sae',
-             "model = load_model('mock://mamba2-tiny')",
-             'sae = train_sae(model, layer=1, k=8, expansion=4, tokens=1000, batch_size=100, progress=False)',
+    training = 'layer=1, k=8, expansion=4, tokens=1000, batch_size=100, progress=False'
+    cells = ['import torch\nfrom circuitbench.load import load_model\nfrom circuitbench.train import train_sae\n'
+             f"torch.set_num_threads(1)\nmodel = load_model('mock://mamba2-tiny')\nsae = train_sae(model, {training})",
              'shown = sae.inspect(model, tokens=1000)\nshown']
     with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, cells) as (page, seen):
         page.get_by_text('Where it is highest').first.wait_for()

@@ -1,4 +1,4 @@
-"""Circuits by ablation, against hooks on the bare model, a float64 numpy recomputation, and a model whose circuit was built in by hand."""
+"""Circuits by ablation, against hooks on the bare model, the equations in float64 numpy, and a circuit set by hand."""
 import json
 import math
 
@@ -66,7 +66,7 @@ def data_means(hf, rows):
 
 
 def by_hand(hf, ids, site, how, heads=slice(None)):
-    "Logits with one site of the last block ablated - 'zero', 'mean' or rows of other tokens - float64, from the equations."
+    "Logits with one site of the last block ablated ('zero', 'mean', or rows of other tokens), from the equations."
     sites, i = oracle.run(hf, np.asarray(ids)), hf.config.num_hidden_layers - 1
     v = {k: sites[f'blocks.{i}.ssm.{k}'] for k in ('x', 'dt', 'B', 'C', 'state', 'y')}
     w = oracle.weights(hf)
@@ -85,7 +85,8 @@ def by_hand(hf, ids, site, how, heads=slice(None)):
 def test_effects_inside_the_recurrence_are_those_of_the_equations(model, how):
     inside = ['x', 'dt', 'B', 'C', 'state', 'y']
     last = model.n_layers - 1
-    c = extract_circuit(model, PROMPT, 17, 30, sites=[f'ssm.{s}' for s in inside], ablation=how, layers=last, progress=False)
+    kw = dict(sites=[f'ssm.{s}' for s in inside], ablation=how, layers=last, progress=False)
+    c = extract_circuit(model, PROMPT, 17, 30, **kw)
     clean = oracle.run(model.hf, np.array([PROMPT]))['logits'][0]
     for s in inside:
         out, j = by_hand(model.hf, [PROMPT], s, how)[0], c.sites.index(f'ssm.{s}')
@@ -103,22 +104,24 @@ CONST, ANSWER = KEYS + VALUES, KEYS + VALUES + 1                                
 def mqar():
     """Recall of the value that followed a key, set by hand in a real Mamba-2 of one block.
 
-    Head 0 writes the present value under the key before it and is read by the present key. Decoys: head 1 forgets at every write, heads 2 and 3
-    remember as head 0 does, and none of the three is read.
+    Head 0 writes the present value under the key before it and is read by the present key. Decoys: head 1 forgets at
+    every write, heads 2 and 3 remember as head 0 does, and none of the three is read.
     """
     hf = Mamba2ForCausalLM(Mamba2Config(
-        vocab_size=KEYS + VALUES, hidden_size=32, num_hidden_layers=1, num_heads=HEADS, head_dim=VALUES, state_size=KEYS, n_groups=1, expand=1,
-        conv_kernel=4, chunk_size=8, use_bias=False, tie_word_embeddings=False, pad_token_id=0, bos_token_id=0, eos_token_id=0)).requires_grad_(False)
+        vocab_size=KEYS + VALUES, hidden_size=32, num_hidden_layers=1, num_heads=HEADS, head_dim=VALUES,
+        state_size=KEYS, n_groups=1, expand=1, conv_kernel=4, chunk_size=8, use_bias=False, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0)).requires_grad_(False)
     b, m = hf.backbone, hf.backbone.layers[0].mixer
-    for p in (b.embeddings.weight, hf.lm_head.weight, m.in_proj.weight, m.conv1d.weight, m.conv1d.bias, m.out_proj.weight, m.D): p.zero_()
+    for p in (b.embeddings, hf.lm_head, m.in_proj, m.conv1d, m.out_proj): p.weight.zero_()
+    for p in (m.conv1d.bias, m.D): p.zero_()
     key, value = torch.arange(KEYS), KEYS + torch.arange(VALUES)
     b.embeddings.weight[torch.arange(KEYS + VALUES), torch.arange(KEYS + VALUES)] = 1.
     b.embeddings.weight[:, CONST] = 1.
-    z, x, B, C, dt = m.in_proj.weight.split([INNER, INNER, KEYS, KEYS, HEADS])                # after the norm a 1 is a 4
+    z, x, B, C, dt = m.in_proj.weight.split([INNER, INNER, KEYS, KEYS, HEADS])   # after the norm a 1 is a 4
     z[:, CONST] = 1.
     x[torch.arange(INNER), KEYS + torch.arange(INNER) % VALUES] = 1.
     B[key, key] = C[key, key] = 1.
-    dt[:, value] = 5.5                                                                     # write on values, hold on keys
+    dt[:, value] = 5.5                                                            # write on values, hold on keys
     m.dt_bias.fill_(-20.)
     m.A_log.copy_(torch.tensor([-12., 2., -12., -12.]))
     m.conv1d.weight[:INNER, 0, 3] = m.conv1d.weight[INNER + KEYS:, 0, 3] = 1.                  # x and C: this token
@@ -156,7 +159,8 @@ IN_CIRCUIT = {'zero': SITES, 'data': SITES, 'mean': ('x', 'B', 'C')}
 @pytest.mark.parametrize('how', IN_CIRCUIT)
 def test_a_compiled_circuit_is_found_and_random_scores_do_not_find_it(mqar, recall, how):
     prompts, answer, wrong = recall
-    data = np.stack([np.random.default_rng(1).integers(0, KEYS, 128), np.random.default_rng(2).integers(KEYS, KEYS + VALUES, 128)], 1).reshape(2, 128)
+    rng = np.random.default_rng(1)
+    data = np.stack([rng.integers(0, KEYS, 128), rng.integers(KEYS, KEYS + VALUES, 128)], 1).reshape(2, 128)
     row = np.arange(len(prompts))
     clean = oracle.run(mqar.hf, prompts)['logits'][:, -1]
     assert (clean.argmax(-1) == answer).all()
@@ -170,10 +174,11 @@ def test_a_compiled_circuit_is_found_and_random_scores_do_not_find_it(mqar, reca
             effect.append(gap(clean) - gap(out))
     circuit = {n for n, t in zip(names, truth) if t}
     assert circuit == {f'ssm.{s}[0]' for s in IN_CIRCUIT[how]}
-    c = extract_circuit(mqar, prompts, answer, wrong, sites=[f'ssm.{s}' for s in SITES], heads='each', ablation=how, data=torch.tensor(data), progress=False)
+    kw = dict(sites=[f'ssm.{s}' for s in SITES], ablation=how, data=torch.tensor(data), progress=False)
+    c = extract_circuit(mqar, prompts, answer, wrong, heads='each', **kw)
     ours = np.array([float(c.effects[0, c.sites.index(n)]) for n in names])
     np.testing.assert_allclose(ours, effect, atol=1e-3)
-    if how == 'mean': return                                          # it costs size, not the answer: no ranking to hold it to
+    if how == 'mean': return                                       # it costs size, not the answer: nothing to rank
     assert {e.site for e in c.top(len(circuit))} == circuit and auroc(ours, np.array(truth)) == 1
     random = [auroc(np.random.default_rng(i).normal(size=20), np.array(truth)) for i in range(200)]
     assert .4 < np.mean(random) < .6 and max(random) < 1
@@ -181,7 +186,8 @@ def test_a_compiled_circuit_is_found_and_random_scores_do_not_find_it(mqar, reca
 
 @pytest.mark.parametrize('how', IN_CIRCUIT)
 def test_the_answer_needs_no_decoy(mqar, recall, how):
-    c = extract_circuit(mqar, *recall, sites=['ssm.x', 'ssm.state', 'ssm.y'], heads=[1, 2, 3], ablation=how, progress=False, data=torch.arange(256) % 16)
+    kw = dict(sites=['ssm.x', 'ssm.state', 'ssm.y'], ablation=how, data=torch.arange(256) % 16, progress=False)
+    c = extract_circuit(mqar, *recall, heads=[1, 2, 3], **kw)
     assert c.clean > 1 and (c.effects <= .01*c.clean).all()
 
 
@@ -191,12 +197,14 @@ def test_the_score_of_a_target_is_the_loss_of_transformers(model, n):
     target, other = [17, 4, 99][:n], [30, 31]
     whole = [PROMPT + target, PROMPT + other]
     labels = [[-100]*len(PROMPT) + target, [-100]*len(PROMPT) + other]
-    logs = [-len(t)*float(model.hf(torch.tensor([w]), labels=torch.tensor([v])).loss) for w, v, t in zip(whole, labels, (target, other))]
+    losses = [float(model.hf(torch.tensor([w]), labels=torch.tensor([v])).loss) for w, v in zip(whole, labels)]
+    logs = [-n*losses[0], -2*losses[1]]
     kw = dict(sites='mixer_out', progress=False)
     assert extract_circuit(model, PROMPT, target, metric='log_prob', **kw).clean == pytest.approx(logs[0], abs=2e-3)
     c = extract_circuit(model, PROMPT, target, other, **kw)
     assert c.clean == pytest.approx(logs[0] - logs[1], abs=4e-3)
-    assert ('sequence' in c.note) == (n > 1) == ('sequence' in repr(c)) and c.tokens == (tuple(map(lambda i: model.tokenizer.decode([i]), target)),)
+    assert ('sequence' in c.note) == (n > 1) == ('sequence' in repr(c))
+    assert c.tokens == (tuple(map(lambda i: model.tokenizer.decode([i]), target)),)
 
 
 def test_the_effect_on_a_sequence_is_that_of_the_loss(model):
@@ -216,17 +224,20 @@ def test_without_a_wrong_answer_the_best_other_token_stands_against(model):
     kw = dict(sites='mixer_out', progress=False)
     for target, other in ((best, second), (second, best), (17, best)):
         c = extract_circuit(model, PROMPT, target, **kw)
-        assert c.wrong == ((model.tokenizer.decode([other]),),) and c.clean == pytest.approx(float(logits[target] - logits[other]), abs=1e-3)
+        assert c.wrong == ((model.tokenizer.decode([other]),),)
+        assert c.clean == pytest.approx(float(logits[target] - logits[other]), abs=1e-3)
 
 
 def test_text_is_a_continuation_with_a_blank_between_words():
     mock = load_model('mock://mamba2-tiny')
     told = lambda p, t: bytes(model_text(mock, cases(mock, p, t)[0].target), 'utf8')
     assert told('Paris is the capital of', 'France') == b' France' == told('Paris is the capital of', ' France')
-    assert told('Paris is the capital of ', 'France') == b'France' and told('(', 'x') == b' x' and told('(x', ')') == b')'
+    assert told('Paris is the capital of ', 'France') == b'France' and told('(', 'x') == b' x'
+    assert told('(x', ')') == b')'
     ids = mock.tokens('The')[0][0].tolist()
     assert cases(mock, ids, 'end')[0].text == 'The' and told(ids, 'end') == b' end'
-    assert cases(mock, ['a', 'b'], ['c', [1, 2]])[1].target == (1, 2) and cases(mock, ['a', 'b'], 3, [4, None])[1].wrong == ()
+    assert cases(mock, ['a', 'b'], ['c', [1, 2]])[1].target == (1, 2)
+    assert cases(mock, ['a', 'b'], 3, [4, None])[1].wrong == ()
 
 
 def model_text(model, ids): return model.tokenizer.decode(list(ids))
@@ -263,7 +274,8 @@ def test_data_ablation_puts_the_mean_of_the_texts(model):
         handle = block.mixer.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.mean((0, 1))))
         model.hf(rows)
         handle.remove()
-        clean, out = model.hf(torch.tensor([PROMPT])).logits[0], without(model.hf, block.mixer, lambda o, s=seen: s[0].expand_as(o), [PROMPT])[0]
+        clean = model.hf(torch.tensor([PROMPT])).logits[0]
+        out = without(model.hf, block.mixer, lambda o, s=seen: s[0].expand_as(o), [PROMPT])[0]
         assert float(c.effects[i, 0]) == pytest.approx(diff(clean, 17, 30) - diff(out, 17, 30), abs=5e-3)
     shipped = extract_circuit(model, PROMPT, 17, 30, sites='mixer_out', ablation='data', progress=False)
     assert shipped.effects.isfinite().all() and not torch.allclose(shipped.effects, c.effects)
@@ -281,17 +293,21 @@ def test_means_leave_padding_out_and_keep_no_states(model):
 def test_a_function_of_the_output_is_a_metric(model):
     def sure(out): return out.last.log_softmax(-1).amax(-1)
     c = extract_circuit(model, [PROMPT, PROMPT[:2]], metric=sure, sites='mixer_out', ablation='zero', progress=False)
-    clean = [float(model.hf(torch.tensor([p])).logits[0, -1].log_softmax(-1).max()) for p in (PROMPT, PROMPT[:2])]
+    best = lambda logits: float(logits[0, -1].log_softmax(-1).max())
+    clean = [best(model.hf(torch.tensor([p])).logits) for p in (PROMPT, PROMPT[:2])]
     assert c.metric == 'sure' and c.clean == pytest.approx(np.mean(clean), abs=1e-3) and c.tokens == ((), ())
-    out = [float(without(model.hf, model.blocks[1].mixer, torch.zeros_like, [p])[0, -1].log_softmax(-1).max()) for p in (PROMPT, PROMPT[:2])]
+    out = [best(without(model.hf, model.blocks[1].mixer, torch.zeros_like, [p])) for p in (PROMPT, PROMPT[:2])]
     assert float(c.effects[1, 0]) == pytest.approx(np.mean(clean) - np.mean(out), abs=2e-3)
-    assert extract_circuit(model, PROMPT, metric=lambda out: out.logits.max(), sites='mixer_out', progress=False).metric == '<lambda>'
-    with pytest.raises(ValueError, match='one a prompt'): extract_circuit(model, PROMPT, metric=lambda out: out.logits[0, -1], progress=False)
+    top = extract_circuit(model, PROMPT, metric=lambda out: out.logits.max(), sites='mixer_out', progress=False)
+    assert top.metric == '<lambda>'
+    with pytest.raises(ValueError, match='one a prompt'):
+        extract_circuit(model, PROMPT, metric=lambda out: out.logits[0, -1], progress=False)
 
 
 def test_the_call_of_the_quick_start(model):
     c = extract_circuit(model, prompt='Paris is the capital of', target='France', progress=False)
-    assert model.hook_point in c.sites and {'ssm.conv', 'ssm.state', 'ssm.y', 'mixer_out'} <= set(c.sites) and c.effects.isfinite().all()
+    assert model.hook_point in c.sites and {'ssm.conv', 'ssm.state', 'ssm.y', 'mixer_out'} <= set(c.sites)
+    assert c.effects.isfinite().all()
     assert [n for n, _ in c.top_layers(n=3)] == sorted(range(2), key=lambda i: -float(c.effects[i].abs().max()))
     assert c.prompts == ('Paris is the capital of',) and ''.join(c.tokens[0]) == ' France' and bare(model)
 
@@ -308,13 +324,16 @@ def test_columns_are_what_is_asked_for(model):
 
 # -- what cannot be ----------------------------------------------------------------------
 @pytest.mark.parametrize('kw, says', [
-    (dict(target=''), 'empty target'), (dict(target=[]), 'empty target'), (dict(prompt=''), 'empty prompt'), (dict(prompt=[]), 'empty prompt'),
-    (dict(target=None), 'no target'), (dict(target=257), '0 to 256'), (dict(wrong=17), 'which is the target'), (dict(ablation='knock'), "'data'"),
-    (dict(metric='loss'), 'log_prob'), (dict(layers=2), '0 to 1'), (dict(layers=[0, -1]), '0 to 1'), (dict(heads=[999]), "heads='each'"),
-    (dict(heads='all'), "heads='each'"), (dict(sites='embed'), 'in no layer'), (dict(sites=[]), 'expected some'), (dict(wrong=''), 'empty wrong'),
+    (dict(target=''), 'empty target'), (dict(target=[]), 'empty target'), (dict(prompt=''), 'empty prompt'),
+    (dict(prompt=[]), 'empty prompt'), (dict(target=None), 'no target'), (dict(target=257), '0 to 256'),
+    (dict(wrong=17), 'which is the target'), (dict(ablation='knock'), "'data'"), (dict(metric='loss'), 'log_prob'),
+    (dict(layers=2), '0 to 1'), (dict(layers=[0, -1]), '0 to 1'), (dict(heads=[999]), "heads='each'"),
+    (dict(heads='all'), "heads='each'"), (dict(sites='embed'), 'in no layer'), (dict(sites=[]), 'expected some'),
+    (dict(wrong=''), 'empty wrong'),
     (dict(prompt=[[1, 2], [3, 4]], target=[1, 2, 3]), 'one each'), (dict(ablation='data', data=''), 'at least 2')])
 def test_bad_input_is_said_in_one_or_two_lines(model, kw, says):
-    with pytest.raises(ValueError, match=says) as e: extract_circuit(model, **dict(prompt=PROMPT, target=17, progress=False) | kw)
+    kw = dict(prompt=PROMPT, target=17, progress=False) | kw
+    with pytest.raises(ValueError, match=says) as e: extract_circuit(model, **kw)
     assert str(e.value).count('\n') < 2 and len(str(e.value)) < 240 and bare(model)
 
 
@@ -327,7 +346,8 @@ def test_a_site_that_is_not_there_and_text_without_a_tokenizer(model, mqar):
 def test_no_hook_stays_after_an_exception(model):
     def broken(out): raise RuntimeError('a metric that fails')
     with pytest.raises(RuntimeError): extract_circuit(model, PROMPT, metric=broken, progress=False)
-    with pytest.raises(IndexError): ablated(model, cells(model, 'ssm.y', heads=[0]), torch.tensor([PROMPT]), means={'blocks.0.ssm.y': torch.zeros(1), 'blocks.1.ssm.y': torch.zeros(1)})
+    wrong, some = {f'blocks.{i}.ssm.y': torch.zeros(1) for i in range(2)}, cells(model, 'ssm.y', heads=[0])
+    with pytest.raises(IndexError): ablated(model, some, torch.tensor([PROMPT]), means=wrong)
     assert bare(model)
     extract_circuit(model, PROMPT, 17, sites='mixer_out', progress=False)
 
@@ -335,27 +355,36 @@ def test_no_hook_stays_after_an_exception(model):
 # -- the result --------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def found():
-    return extract_circuit(load_model('mock://mamba2-tiny'), ['A cat', 'The "dog"\n & <b>'], ['sat', 'ran'], progress=False)
+    mock = load_model('mock://mamba2-tiny')
+    return extract_circuit(mock, ['A cat', 'The "dog"\n & <b>'], ['sat', 'ran'], progress=False)
 
 
 def test_json_round_trip_and_schema(found, tmp_path):
     path = found.to_json(tmp_path/'c.json')
     back, body = Circuit.from_json(path), json.loads(path.read_text())
-    assert torch.equal(back.effects, found.effects) and torch.equal(back.norms, found.norms) and repr(back) == repr(found)
-    assert all(getattr(back, k) == getattr(found, k) for k in ('model', 'prompts', 'tokens', 'wrong', 'layers', 'sites', 'clean', 'note', 'hook_point'))
-    assert body['format'] == 'circuitbench.circuit' and body['version'] == 1 and len(body['effects']) == len(body['layers'])
+    assert torch.equal(back.effects, found.effects) and torch.equal(back.norms, found.norms)
+    assert repr(back) == repr(found)
+    for k in ('model', 'prompts', 'tokens', 'wrong', 'layers', 'sites', 'clean', 'note', 'hook_point'):
+        assert getattr(back, k) == getattr(found, k)
+    assert body['format'] == 'circuitbench.circuit' and body['version'] == 1
+    assert len(body['effects']) == len(body['layers'])
     assert [p.name for p in tmp_path.iterdir()] == ['c.json']
 
 
 def test_json_keeps_what_is_not_a_number_and_refuses_other_files(found, tmp_path):
-    holes = Circuit('m', ('p',), (('t',),), ((),), 'f', 'zero', (0,), ('ssm.y', 'mlp_out'), torch.tensor([[1., math.nan]]), torch.tensor([[.1, math.nan]]), math.nan)
+    effects, norms = torch.tensor([[1., math.nan]]), torch.tensor([[.1, math.nan]])
+    sites = 'ssm.y', 'mlp_out'
+    holes = Circuit('m', ('p',), (('t',),), ((),), 'f', 'zero', (0,), sites, effects, norms, math.nan)
     back = Circuit.from_json(holes.to_json(tmp_path/'h.json'))
-    assert torch.equal(back.effects.isnan(), holes.effects.isnan()) and math.isnan(back.clean) and 'NaN' not in (tmp_path/'h.json').read_text()
+    assert torch.equal(back.effects.isnan(), holes.effects.isnan()) and math.isnan(back.clean)
+    assert 'NaN' not in (tmp_path/'h.json').read_text()
     whole = json.loads(found.to_json(tmp_path/'w.json').read_text())
-    for name, text in {'empty': '', 'list': '[]', 'other': '{"format": "x"}', 'less': json.dumps({k: v for k, v in whole.items() if k != 'sites'}),
-                       'shape': json.dumps(whole | {'effects': [[1.]]}), 'later': json.dumps(whole | {'version': 2})}.items():
-        (tmp_path/name).write_text(text)
-        with pytest.raises(ValueError, match='expected a file that Circuit.to_json wrote'): Circuit.from_json(tmp_path/name)
+    less = {k: v for k, v in whole.items() if k != 'sites'}
+    damaged = [[], {'format': 'x'}, less, whole | {'effects': [[1.]]}, whole | {'version': 2}]
+    for text in ('', *map(json.dumps, damaged)):
+        (tmp_path/'d.json').write_text(text)
+        with pytest.raises(ValueError, match='expected a file that Circuit.to_json wrote'):
+            Circuit.from_json(tmp_path/'d.json')
     with pytest.raises(ValueError, match='cannot be read'): Circuit.from_json(tmp_path/'nothing')
 
 
@@ -370,10 +399,13 @@ def test_a_file_is_written_whole_or_not_at_all(found, tmp_path, monkeypatch):
 
 def test_ranks(found):
     every = found.top(99)
-    assert len(every) == found.effects.numel() and [abs(e.effect) for e in every] == sorted((abs(e.effect) for e in every), reverse=True)
+    assert len(every) == found.effects.numel()
+    assert [abs(e.effect) for e in every] == sorted((abs(e.effect) for e in every), reverse=True)
     assert found.top(1, 'norm')[0].norm == float(found.norms.max())
-    assert found.top_layers(1, site='ssm.y')[0][1] == pytest.approx(float(found.effects[:, found.sites.index('ssm.y')].abs().max()), abs=9)
-    for bad in (lambda: found.top(by='size'), lambda: found.top_layers(site='ssm.z'), lambda: circuit_view(found, 'size'), lambda: circuit_view(found, site='x')):
+    y = found.effects[:, found.sites.index('ssm.y')]
+    assert abs(found.top_layers(1, site='ssm.y')[0][1]) == float(y.abs().max())
+    for bad in (lambda: found.top(by='size'), lambda: found.top_layers(site='ssm.z'),
+                lambda: circuit_view(found, 'size'), lambda: circuit_view(found, site='x')):
         with pytest.raises(ValueError, match='expected one of'): bad()
 
 

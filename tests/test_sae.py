@@ -377,7 +377,8 @@ def test_half_precision_models(mamba2):
     half = load_model('mock://mamba2-tiny', dtype=torch.bfloat16)
     sae = short(half, tokens=2000)
     assert sae.W_dec.dtype == torch.float32 and sae.metrics.fve > .2
-    assert half.run([1, 2, 3], edit=splice(SITE, sae)).logits.dtype == torch.bfloat16
+    spliced = half.run_with_cache([1, 2, 3], SITE, edit=splice(SITE, sae))[1][SITE]
+    assert spliced.dtype == torch.bfloat16 and spliced.isfinite().all()
     assert sae.report(half, tokens=500).frequency.sum() > 0
 
 

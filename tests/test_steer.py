@@ -60,7 +60,8 @@ def test_the_change_is_that_of_a_plain_hook(model, site, strength):
     with Hooked(model, 1, site, strength*unit(vector(d))) as run: pushed = run([IDS])[0]
     assert out.delta_norm == pytest.approx(float((pushed - clean)[-1].norm()), rel=1e-3) and out.delta_norm > 0
     np.testing.assert_allclose(out.kl, kl_numpy(clean, pushed), rtol=1e-3, atol=2e-4)
-    assert torch.allclose(out.steered_logits, pushed[-1], atol=1e-3) and torch.allclose(out.clean_logits, clean[-1], atol=1e-3)
+    assert torch.allclose(out.steered_logits, pushed[-1], atol=1e-3)
+    assert torch.allclose(out.clean_logits, clean[-1], atol=1e-3)
     assert out.kl_mean == pytest.approx(float(out.kl.mean())) and bare(model)
 
 
@@ -72,7 +73,8 @@ def test_a_push_at_heads_is_that_of_the_equations(model):
     want = rest(model.hf, sites, y)[0]
     assert out.delta_norm == pytest.approx(np.linalg.norm(want[-1] - sites['logits'][0, -1]), rel=2e-3)
     np.testing.assert_allclose(out.kl, kl_numpy(sites['logits'][0], want), rtol=5e-3, atol=1e-3)
-    assert out.scale == pytest.approx(np.linalg.norm(sites['blocks.1.ssm.y'][0].reshape(len(IDS), -1), axis=1).mean(), rel=1e-3)
+    lengths = np.linalg.norm(sites['blocks.1.ssm.y'][0].reshape(len(IDS), -1), axis=1)
+    assert out.scale == pytest.approx(lengths.mean(), rel=1e-3)
 
 
 def test_a_push_on_the_state_accumulates(model):
@@ -99,26 +101,35 @@ def test_kl_in_float64():
 
 def test_strength_zero_is_the_clean_run_bit_for_bit(model):
     out = steer(model, TEXT, vector=vector(64), strength=0, layer=1, max_new_tokens=8)
-    assert torch.equal(out.steered_logits, out.clean_logits) and torch.equal(out.clean_logits, model.run(TEXT).logits[0, -1])
-    assert out.delta_norm == 0 and out.kl_mean == 0 and (out.text_kl == 0).all() and len(out.text_kl) == len(out.text_tokens) == 8
+    assert torch.equal(out.steered_logits, out.clean_logits)
+    assert torch.equal(out.clean_logits, model.run(TEXT).logits[0, -1])
+    assert out.delta_norm == 0 and out.kl_mean == 0 and (out.text_kl == 0).all()
+    assert len(out.text_kl) == len(out.text_tokens) == 8
     assert out.steered_text == out.clean_text == model.generate(TEXT, 8).text[0]
 
 
 # -- the text ----------------------------------------------------------------------------
-@pytest.mark.parametrize('at', [None, [2], slice(-2, None), [-1, len(TEXT) + 2], slice(1, None, 3)])
-def test_the_text_is_that_of_decoding_without_a_cache(model, at):
+LAST = len(TEXT) - 1
+AT = [(None, range(99)), ([2], [2]), (slice(-2, None), range(LAST - 1, 99)), ([-1, LAST + 3], [LAST, LAST + 3]),
+      (slice(1, None, 3), range(1, 99, 3)), (slice(1, -2), range(1, LAST - 1))]
+
+
+@pytest.mark.parametrize('at, chosen', AT)
+def test_the_text_is_that_of_decoding_without_a_cache(model, at, chosen):
     n, more = len(TEXT), 7
     out = steer(model, TEXT, vector=vector(64), strength=6., layer=0, at=at, max_new_tokens=more)
     ids = model.tokens(TEXT)[0]
-    chosen = list(range(n + more)[at] if isinstance(at, slice) and at.start is not None and at.start >= 0 else
-                  range(n - 2, n + more) if isinstance(at, slice) else range(n + more) if at is None else [p % n if p < 0 else p for p in at])
-    for k in range(more):
-        with Hooked(model, 0, 'out_proj_in', 6*unit(vector(64)), [p for p in chosen if p < ids.shape[1]]) as run: logits = run(ids)
-        if k == 0: assert out.delta_norm == pytest.approx(float((logits - model.hf(ids).logits)[0, -1].norm()), rel=1e-3, abs=1e-4)
+    def pushed():
+        here = [p for p in chosen if p < ids.shape[1]]
+        with Hooked(model, 0, 'out_proj_in', 6*unit(vector(64)), here) as run: return run(ids)
+    delta = float((pushed() - model.hf(ids).logits)[0, -1].norm())
+    assert out.delta_norm == pytest.approx(delta, rel=1e-3, abs=1e-4)
+    for _ in range(more):
+        logits = pushed()
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-    assert out.text_tokens == tuple(model.strings(ids[0, n:])) and out.steered_text == model.tokenizer.decode(ids[0, n:], skip_special_tokens=True)
-    with Hooked(model, 0, 'out_proj_in', 6*unit(vector(64)), [p for p in chosen if p < ids.shape[1]]) as run: pushed = run(ids)
-    np.testing.assert_allclose(out.text_kl, kl_numpy(model.hf(ids).logits, pushed)[0, n - 1:-1], rtol=5e-3, atol=1e-3)
+    assert out.text_tokens == tuple(model.strings(ids[0, n:]))
+    assert out.steered_text == model.tokenizer.decode(ids[0, n:], skip_special_tokens=True)
+    np.testing.assert_allclose(out.text_kl, kl_numpy(model.hf(ids).logits, pushed())[0, n - 1:-1], rtol=5e-3, atol=1e-3)
     assert out.text_kl[0] == pytest.approx(float(out.kl[-1]), rel=1e-3, abs=1e-5)
 
 
@@ -128,7 +139,8 @@ def test_the_edit_can_be_used_again(model):
     assert model.generate(TEXT, 4, edit=out.edit).text[0] == out.steered_text
     more = out.again(-5.)
     fresh = steer(model, TEXT, vector=vector(64), strength=-5., layer=1, max_new_tokens=4)
-    assert torch.equal(more.steered_logits, fresh.steered_logits) and torch.equal(more.text_kl, fresh.text_kl) and more.strength == -5
+    assert torch.equal(more.steered_logits, fresh.steered_logits) and torch.equal(more.text_kl, fresh.text_kl)
+    assert more.strength == -5
     assert more.clean_text is out.clean_text and more.again(3.).steered_text == out.steered_text
 
 
@@ -137,7 +149,8 @@ def test_sampled_texts_share_their_draws(model):
     for seed in (None, 3):
         out = steer(model, TEXT, strength=0., seed=seed, **kw)
         assert out.steered_text == out.clean_text
-    assert steer(model, TEXT, strength=4., seed=3, **kw).steered_text == steer(model, TEXT, strength=4., seed=3, **kw).steered_text
+    first, second = (steer(model, TEXT, strength=4., seed=3, **kw) for _ in range(2))
+    assert first.steered_text == second.steered_text
 
 
 def test_a_greedy_text_leaves_the_random_numbers_alone(model):
@@ -156,14 +169,16 @@ def test_a_latent_is_its_decoder_row_of_length_one(model):
     assert torch.equal(out.steered_logits, same.steered_logits) and out.label == 'latent 7' and out.site == coder.site
     shape = model.site_shape('blocks.0.ssm.y', 1, 1)[2:]
     by_head = Coder(math.prod(shape), 'blocks.0.ssm.y', model.name)
-    y = steer(model, TEXT, feature_id=3, strength=2., sae=by_head, layer=0, max_new_tokens=0)
-    assert y.delta_norm == steer(model, TEXT, vector=by_head.W_dec[3].view(shape), strength=2., layer=0, site='ssm.y', max_new_tokens=0).delta_norm
+    kw = dict(strength=2., layer=0, max_new_tokens=0)
+    y = steer(model, TEXT, vector=by_head.W_dec[3].view(shape), site='ssm.y', **kw)
+    assert steer(model, TEXT, feature_id=3, sae=by_head, **kw).delta_norm == y.delta_norm > 0
 
 
 def test_the_call_of_the_quick_start(model):
     sae = SAE(SAEConfig(64, 512, 32, 'blocks.1.ssm.out_proj_in', model=model.name))
     out = steer(model, prompt='Hello', feature_id=42, strength=2.0, sae=sae, layer=1)
-    assert isinstance(out, Steered) and out.delta_norm > 0 and len(out.kl) == 5 and len(out.text_kl) == 30 and out.tokens == tuple('Hello')
+    assert isinstance(out, Steered) and out.delta_norm > 0 and len(out.kl) == 5 and len(out.text_kl) == 30
+    assert out.tokens == tuple('Hello')
     assert out.clean_text in repr(out).replace('\\\\', '\\') or repr(out.clean_text) in repr(out)
     moved = out.moved(3)
     p, q = out.clean_logits.double().softmax(-1), out.steered_logits.double().softmax(-1)
@@ -174,25 +189,33 @@ def test_the_call_of_the_quick_start(model):
 SITE = 'blocks.1.ssm.out_proj_in'
 
 
+def plain(v, **kw): return dict(feature_id=None, sae=None, vector=v) | kw
+
+
 @pytest.mark.parametrize('kw, says', [
-    (dict(strength=math.nan), 'finite'), (dict(strength=math.inf), 'finite'), (dict(strength='2'), 'finite'), (dict(strength=True), 'finite'),
-    (dict(feature_id=40), '0 to 39'), (dict(feature_id=-1), '0 to 39'), (dict(feature_id=1.5), '0 to 39'), (dict(feature_id=None), 'neither'),
-    (dict(vector=vector(64)), 'both'), (dict(sae=None), 'no SAE'), (dict(layer=0), 'same layer'), (dict(layer=2), '0 to 1'), (dict(layer=-1), '0 to 1'),
-    (dict(sae=Coder(64, SITE, 'another')), 'SAE of another'), (dict(sae=Coder(63, SITE)), '63 numbers, expected 64'), (dict(site='mixer_out'), 'for an SAE of'),
-    (dict(prompt=''), 'empty prompt'), (dict(prompt=['a', 'b']), '2 prompts'), (dict(at=99), 'position 99'), (dict(at=[-10]), 'position -10'),
-    (dict(max_new_tokens=-1), 'max_new_tokens'), (dict(feature_id=None, sae=None, vector=vector(64)), 'no layer'),
-    (dict(feature_id=None, sae=None, vector=torch.zeros(64), layer=1), 'length 0'), (dict(feature_id=None, sae=None, vector=torch.full((64,), math.nan), layer=1), 'length nan'),
-    (dict(feature_id=None, sae=None, vector=vector(9), layer=1), '9 numbers'), (dict(feature_id=None, sae=None, vector=vector(9), layer=7), '0 to 1'),
-    (dict(feature_id=None, sae=None, vector=vector(9), site='blocks.*.resid_*', layer=1), 'several'),
-    (dict(feature_id=None, sae=None, vector=vector(64), site=SITE, layer=0), 'same layer')])
+    (dict(strength=math.nan), 'finite'), (dict(strength=math.inf), 'finite'), (dict(strength='2'), 'finite'),
+    (dict(strength=True), 'finite'), (dict(feature_id=40), '0 to 39'), (dict(feature_id=-1), '0 to 39'),
+    (dict(feature_id=1.5), '0 to 39'), (dict(feature_id=None), 'neither'), (dict(vector=vector(64)), 'both'),
+    (dict(sae=None), 'no SAE'), (dict(layer=0), 'same layer'), (dict(layer=2), '0 to 1'), (dict(layer=-1), '0 to 1'),
+    (dict(sae=Coder(64, SITE, 'another')), 'SAE of another'), (dict(sae=Coder(63, SITE)), '63 numbers, expected 64'),
+    (dict(site='mixer_out'), 'for an SAE of'), (dict(prompt=''), 'empty prompt'),
+    (dict(prompt=['a', 'b']), '2 prompts'), (dict(at=99), 'position 99'),
+    (dict(at=[-10]), 'position -10'), (dict(max_new_tokens=-1), 'max_new_tokens'),
+    (plain(vector(64)), 'no layer'), (plain(torch.zeros(64), layer=1), 'length 0'),
+    (plain(torch.full((64,), math.nan), layer=1), 'length nan'), (plain(vector(9), layer=1), '9 numbers'),
+    (plain(vector(9), layer=7), '0 to 1'), (plain(vector(9), site='blocks.*.resid_*', layer=1), 'several'),
+    (plain(vector(64), site=SITE, layer=0), 'same layer')])
 def test_bad_input_is_said_in_one_or_two_lines(model, kw, says):
-    with pytest.raises(ValueError, match=says) as e: steer(model, **dict(prompt=TEXT, feature_id=7, sae=Coder(64, SITE)) | kw)
+    kw = dict(prompt=TEXT, feature_id=7, sae=Coder(64, SITE)) | kw
+    with pytest.raises(ValueError, match=says) as e: steer(model, **kw)
     assert str(e.value).count('\n') < 2 and len(str(e.value)) < 240 and bare(model)
 
 
 def test_an_sae_of_another_model_layer_or_site(model):
     make = lambda **kw: SAE(SAEConfig(**dict(d_in=64, d_sae=128, k=4, site=SITE, model=model.name) | kw))
-    for sae, kw in ((make(model='tiny://other'), {}), (make(), dict(layer=0)), (make(), dict(site='mixer_out')), (make(d_in=32), {})):
+    misfits = [(make(model='tiny://other'), {}), (make(), dict(layer=0)), (make(), dict(site='mixer_out')),
+               (make(d_in=32), {})]
+    for sae, kw in misfits:
         with pytest.raises(ValueError): steer(model, TEXT, 3, sae=sae, **kw)
     with pytest.raises(SiteError): steer(model, TEXT, vector=vector(9), layer=0, site='attn.z')
     with pytest.raises(SiteError): steer(model, TEXT, 3, sae=Coder(9, 'blocks.1.attn.z'))
@@ -225,8 +248,10 @@ def test_view_figure_and_pages(pushed, tmp_path):
     short = steer(load_model('mock://mamba2-tiny'), 'A', vector=vector(64), layer=1, max_new_tokens=0)
     assert 'Steered text' not in steer_view(short) and math.isnan(short.text_kl_mean) and short.plot()
     pushed.plot().savefig(tmp_path/'p.png')
-    one, many = pushed.to_html(tmp_path/'one.html').read_text(), pushed.to_html(tmp_path/'many.html', [-4, 0, 2]).read_text()
-    assert 'type="range"' not in one and many.count('data-k="') == 4 and many.count(' hidden>') == 3 and len(many) < 300_000
+    one = pushed.to_html(tmp_path/'one.html').read_text()
+    many = pushed.to_html(tmp_path/'many.html', [-4, 0, 2]).read_text()
+    assert 'type="range"' not in one and many.count('data-k="') == 4 and many.count(' hidden>') == 3
+    assert len(many) < 300_000
     assert {p.name for p in tmp_path.iterdir()} == {'p.png', 'one.html', 'many.html'}
     with pytest.raises(ValueError, match='no push'): sweep_view([])
 
@@ -238,7 +263,8 @@ def test_a_page_is_written_whole_or_not_at_all(pushed, tmp_path):
 
 def test_inspector_runs_each_strength_once(pushed, tmp_path):
     look = pushed.inspect(limit=8)
-    assert isinstance(look, SteerInspector) and look.values == {'strength': 4.} and look.steered is pushed and look.html == steer_view(pushed)
+    assert isinstance(look, SteerInspector) and look.values == {'strength': 4.} and look.steered is pushed
+    assert look.html == steer_view(pushed)
     first, runs = look.html, len(look.done)
     assert look.set(strength=-2.).html != first and len(look.done) == runs + 1 and look.steered.strength == -2
     look.set(strength=4.)

@@ -72,7 +72,7 @@ def test_indirect_object_answer_is_the_name_said_once():
 
 
 @pytest.mark.parametrize('call', [lambda: text('test'), lambda: facts('all'), lambda: facts(n=0), lambda: facts(n=10_000),
-                                  lambda: facts(wording='no'), lambda: induction(1, length=2), lambda: induction(1, length=65),
+                                  lambda: facts(wording='no'), lambda: induction(1, length=2), lambda: induction(1, length=63),
                                   lambda: training_line('sums', random.Random(0))])
 def test_bad_input_says_what_was_expected(call):
     with pytest.raises(ValueError, match='expected|see'):
