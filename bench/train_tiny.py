@@ -86,7 +86,7 @@ def _mamba2_scan(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_limit=(0.,
     return (y, state) if return_final_states else y
 
 
-_selective = torch.compiler.disable(selective_chunk)           # a loop over time: unrolled, it would compile for an hour
+_selective = torch.compiler.disable(selective_chunk)    # a loop over time: unrolled, it would compile for an hour
 
 
 def _mamba1_scan(x, dt, A, B, C, D=None, z=None, delta_bias=None, return_last_state=False, **_):
@@ -261,7 +261,7 @@ def evaluate(folder):
 
 
 def ship(name, step, out):
-    "Copies a trained folder into the package, with its log; the log's last line holds the figures of the rounded weights."
+    "Copies a trained folder into the package, with its log; the log's last line has the figures as rounded."
     log = map(json.loads, (out/'log.jsonl').read_text().splitlines())
     log = [r for r in log if step is None or r['step'] <= step]
     last = log[-1]['step'] if step is None else step
@@ -299,7 +299,7 @@ def make_data(bible):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('name', help='mamba2 or mamba1; with --evaluate any folder of circuitbench/tiny; with --data a text file')
+    ap.add_argument('name', help='mamba2 or mamba1; with --evaluate a shipped folder; with --data a text')
     ap.add_argument('--evaluate', action='store_true')
     ap.add_argument('--ship', action='store_true')
     ap.add_argument('--data', action='store_true')

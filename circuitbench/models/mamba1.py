@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ADAPTER', 'small', 'sizes']
 
-# %% ../../nbs/11_mamba1.ipynb #7810be74
+# %% ../../nbs/11_mamba1.ipynb #6dd396f3
 from types import MappingProxyType
 
 from transformers import MambaConfig
 
 from ..seam import conv, mamba1_scan, mamba1_state_update
-from ..site import Adapter, Point, register
+from ..site import Adapter, register
 
 # %% ../../nbs/11_mamba1.ipynb #small
 def small(vocab_size: int) -> MambaConfig:
@@ -32,12 +32,6 @@ ADAPTER = register(Adapter(
     functions=MappingProxyType({
         'mamba_selective_scan': mamba1_scan, 'mamba_selective_state_update': mamba1_state_update,
         'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
-    points=MappingProxyType({
-        'resid_pre': Point('', 'in'), 'mixer_in': Point('mixer', 'in'), 'ssm.in_proj': Point('mixer.in_proj'),
-        'ssm.out_proj_in': Point('mixer.out_proj', 'in'), 'ssm.out': Point('mixer.out_proj'),
-        'mixer_out': Point('mixer'), 'resid_post': Point('')}),
-    inside=('ssm.conv', 'ssm.x', 'ssm.dt', 'ssm.B', 'ssm.C', 'ssm.decay', 'ssm.write', 'ssm.state', 'ssm.y',
-            'ssm.gate'),
     axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.decay', 'ssm.write', 'ssm.state'),
     note='in_proj holds x, z; heads are channels (d_head 1); decay is exp(dt A), one number a state column; '
          'y includes the skip D x'))

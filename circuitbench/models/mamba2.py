@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTER', 'gated_rms', 'small', 'sizes']
 
-# %% ../../nbs/12_mamba2.ipynb #3f9ae9fa
+# %% ../../nbs/12_mamba2.ipynb #237fc3f2
 from types import MappingProxyType
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Mamba2Config
 
 from ..seam import conv, mamba2_chunk_scan, mamba2_state_update
-from ..site import Adapter, Point, register
+from ..site import Adapter, register
 
 # %% ../../nbs/12_mamba2.ipynb #gated-rms
 def gated_rms(
@@ -48,12 +48,6 @@ ADAPTER = register(Adapter(
     functions=MappingProxyType({
         'mamba2_chunk_scan': mamba2_chunk_scan, 'mamba2_selective_state_update': mamba2_state_update,
         'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
-    points=MappingProxyType({
-        'resid_pre': Point('', 'in'), 'mixer_in': Point('mixer', 'in'), 'ssm.in_proj': Point('mixer.in_proj'),
-        'ssm.out_proj_in': Point('mixer.out_proj', 'in'), 'ssm.out': Point('mixer.out_proj'),
-        'mixer_out': Point('mixer'), 'resid_post': Point('')}),
-    inside=('ssm.conv', 'ssm.x', 'ssm.dt', 'ssm.B', 'ssm.C', 'ssm.decay', 'ssm.write', 'ssm.state', 'ssm.y',
-            'ssm.gate'),
     gate=('mixer.norm', gated_rms),
     note='in_proj holds z, x, B, C, dt; conv holds x, B, C; decay is exp(dt A), one number a head; '
          'y includes the skip D x'))
