@@ -24,6 +24,14 @@ FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--
          '--no-first-run']
 ROOT = Path(__file__).resolve().parents[1]
 
+READY = '''async () => {
+    await jupyterapp.restored;
+    const nb = jupyterapp.shell.currentWidget;
+    await nb.context.ready;
+    await nb.sessionContext.ready;
+    await nb.sessionContext.session.kernel.info;
+}'''
+
 
 @dataclass
 class Seen:
@@ -105,10 +113,12 @@ def notebook_page(browser, lab, cells, name='inspect.ipynb', **options):
     options = {'viewport': {'width': 1200, 'height': 900}} | options
     with watched_page(browser, **options) as (page, seen):
         page.goto(f'{url}/lab/tree/{name}')
+        page.locator('.jp-Notebook .jp-CodeCell .cm-content').first.wait_for()
+        page.evaluate(READY)                                   # keys pressed before the kernel listens are lost
         page.locator('.jp-Notebook .jp-CodeCell .cm-content').first.click()
         for _ in cells: page.keyboard.press('Shift+Enter')
         last = page.locator('.jp-CodeCell .jp-InputPrompt').nth(len(cells) - 1)
-        page.wait_for_function('e => /\\d/.test(e.textContent)', arg=last.element_handle(), timeout=180_000)
+        page.wait_for_function('e => /\\d/.test(e.textContent)', arg=last.element_handle(), timeout=45_000)
         yield page, seen
 
 

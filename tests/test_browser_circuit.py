@@ -96,7 +96,7 @@ def test_inspectors_in_jupyterlab(browser, tmp_path):
     with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, cells) as (page, seen):
         cell = lambda k: page.locator('.jp-CodeCell').nth(k)
         live = lambda k: cell(k).locator('.cbv-live')
-        live(2).wait_for(timeout=180_000)
+        live(2).wait_for(timeout=45_000)
         title = live(1).locator('figcaption').first
         assert title.text_content() == 'Effect on logit_diff'
         live(1).locator('select').first.select_option(label='change of the output')
