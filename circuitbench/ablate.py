@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .edit import Edit
 from .hook import HookedModel
-from .site import BLOCK_SITES
+from .site import BLOCK_SITES, short
 
 # %% ../nbs/50_ablate.ipynb #continuation
 def continuation(
@@ -164,7 +164,7 @@ def cells(
 
 def _columns(model) -> list[str]:
     "The path through a block of this model; a branch's own output only where there are two branches."
-    have = {n.split('.', 2)[-1] for n in model.site_names('blocks.*')}
+    have = {short(n) for n in model.site_names('blocks.*')}
     path = {*_PATH, model.hook_point} | ({'ssm.out'} if 'attn.out' in have else set())
     return [s for s in BLOCK_SITES if s in have & path]
 

@@ -23,7 +23,7 @@ from .edit import Edit, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read, Tap
 from .seam import swapped
 from .site import (
-    BLOCK_SITES, PER_STEP, SiteTable, adapter_for, check_transformers, has_module, resolve, spans)
+    BLOCK_SITES, PER_STEP, SiteTable, adapter_for, check_transformers, has_module, resolve, short, spans)
 from .view import Inspector
 
 # %% ../nbs/20_hook.ipynb #HookedModel
@@ -47,7 +47,7 @@ class HookedModel:
         inner = (f'blocks.{i}.{s}' for i, b in enumerate(self.blocks) for s in self.adapter.block_sites(b))
         self._names = ['embed', *inner, 'logits']
         self.sizes = self.adapter.sizes(hf.config)
-        self.hook_point = _short(self.site_names(hook_point)[0])
+        self.hook_point = short(self.site_names(hook_point)[0])
 
     @property
     def device(self) -> torch.device: return next(self.hf.parameters()).device
@@ -62,7 +62,7 @@ class HookedModel:
 
     def site_names(self, pattern: str | Iterable[str] | None = None) -> list[str]:
         "Full names that a pattern (or several) means, SiteError if none; None: all but the heavy (states, writes)."
-        if pattern is None: return [n for n in self._names if _short(n) not in self.adapter.heavy]
+        if pattern is None: return [n for n in self._names if short(n) not in self.adapter.heavy]
         return [n for p in ([pattern] if isinstance(pattern, str) else pattern) for n in resolve(p, self._names)]
 
     def site_shape(self, name: str, batch: int, pos: int) -> tuple[int, ...]:
@@ -72,12 +72,12 @@ class HookedModel:
 
     def sites(self) -> SiteTable:
         "Every site with its blocks, axes, sizes and meaning; prints as a table."
-        def _row(short, names):
-            site = self.adapter.site(short)
+        def _row(name, names):
+            site = self.adapter.site(name)
             axes = ' '.join(a if a in ('batch', 'pos', 'query', 'key') else f'{a}={self.sizes[a]}' for a in site.axes)
-            blocks = '' if short in ('embed', 'logits') else spans(int(n.split('.')[1]) for n in names)
-            return short, blocks, axes, site.meaning
-        where = {s: [n for n in self._names if _short(n) == s] for s in ('embed', *BLOCK_SITES, 'logits')}
+            blocks = '' if name in ('embed', 'logits') else spans(int(n.split('.')[1]) for n in names)
+            return name, blocks, axes, site.meaning
+        where = {s: [n for n in self._names if short(n) == s] for s in ('embed', *BLOCK_SITES, 'logits')}
         return SiteTable(tuple(_row(s, names) for s, names in where.items() if names), self.adapter.note)
 
     # -- tokens --------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class HookedModel:
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
         return Listener(reads, edits, shape[1], grad)
 
-    def _site(self, name: str): return self.adapter.site(_short(name))
+    def _site(self, name: str): return self.adapter.site(short(name))
 
     def _check_positions(self, at, prompt: int, length: int, what):
         for p in (at,) if isinstance(at, int) else at if isinstance(at, tuple) else ():
@@ -228,7 +228,7 @@ class HookedModel:
         shape = self.site_shape(name, batch, len(positions(read.at, 0, pos, prompt)[0]))
         cells = torch.Size(shape).numel()*(1 if read.heads is None else len(read.heads)/shape[2])
         if name.endswith(('ssm.B', 'ssm.C')): cells /= shape[2]           # views, shared by the heads
-        return cells*(read.dtype or (torch.float32 if _short(name) in PER_STEP else self.dtype)).itemsize
+        return cells*(read.dtype or (torch.float32 if short(name) in PER_STEP else self.dtype)).itemsize
 
     def _swaps(self, backend: str) -> bool:
         "Is our scan the one that runs? Where a GPU has the fused kernels, they are faster as long as nobody listens."
@@ -240,7 +240,7 @@ class HookedModel:
         if backend not in ('circuitbench', 'transformers'):
             raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
         wanted = dict.fromkeys((*ear.reads, *ear.edits))
-        in_scan = [n for n in wanted if _short(n) in self._inside]
+        in_scan = [n for n in wanted if short(n) in self._inside]
         if in_scan and backend == 'transformers':
             raise ValueError(f"got {in_scan[0]} with backend='transformers', which cannot be listened to inside; "
                              'expected the default backend')
@@ -263,11 +263,11 @@ class HookedModel:
         if name in ('embed', 'logits'):
             module, side = self.hf.get_submodule(self.adapter.embed if name == 'embed' else self.adapter.head), 'out'
         else:
-            _, i, short = name.split('.', 2)
+            _, i, site = name.split('.', 2)
             block = self.blocks[int(i)]
-            if short == 'ssm.gate' and self.adapter.gate: return self._hook_gate(block, name, ear, hook)
-            if short not in self.adapter.points: return
-            point = self.adapter.points[short]
+            if site == 'ssm.gate' and self.adapter.gate: return self._hook_gate(block, name, ear, hook)
+            if site not in self.adapter.points: return
+            point = self.adapter.points[site]
             module, side = block.get_submodule(point.module), point.side
         if side == 'in':
             def _before(m, args, kwargs):
@@ -299,10 +299,6 @@ class HookedModel:
         def _after(m, args, out): now.tap = now.state = None
         hook(mixer.register_forward_pre_hook(_before, with_kwargs=True))
         hook(mixer.register_forward_hook(_after, always_call=True))
-
-def _short(name: str) -> str:
-    "The name within a block: `ssm.y` of `blocks.3.ssm.y`."
-    return name.split('.', 2)[-1]
 
 # %% ../nbs/20_hook.ipynb #activation-view
 SCALARS = {

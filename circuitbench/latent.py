@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hook import HookedModel
-from .site import has_module
+from .site import has_module, short
 from .stream import Text, activations, shipped_text, token_rows
 from .view import Inspector, bars, columns, esc, histogram, num, save_page, table, token_strip, wrap
 
@@ -33,7 +33,7 @@ def logit_effect(
 
     None where the way to the residual stream is not linear.
     """
-    if site.split('.', 2)[-1] not in _ADDED:
+    if short(site) not in _ADDED:
         if (linear := _way_out(model, site)) is None: return None
         directions = directions.to(linear.weight) @ linear.weight.T
     head = model.hf.get_submodule(model.adapter.head).weight
@@ -42,8 +42,7 @@ def logit_effect(
 
 def _way_out(model, site: str) -> nn.Linear | None:
     "The matrix that takes a site into the residual stream, if the site is its input."
-    block, short = model.blocks[int(site.split('.')[1])], site.split('.', 2)[-1]
-    point = model.adapter.points.get(short)
+    block, point = model.blocks[int(site.split('.')[1])], model.adapter.points.get(short(site))
     if point is None or point.side != 'in' or not point.module: return None
     linear = block.get_submodule(point.module)
     return linear if isinstance(linear, nn.Linear) and linear.out_features == model.sizes['d_model'] else None

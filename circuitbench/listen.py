@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .edit import Edit, edited, positions
-from .site import PER_STEP, SiteError, resolve
+from .site import PER_STEP, SiteError, resolve, short
 
 # %% ../nbs/18_listen.ipynb #Read
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Listener:
         x = x if self.path else x.detach()
         if read.dtype is not None: x = x.to(read.dtype)
         parts = self.parts.setdefault(name, [])
-        if self.path or name.split('.', 2)[-1] not in PER_STEP or self.length == 1:
+        if self.path or short(name) not in PER_STEP or self.length == 1:
             parts.append(x)
             return
         if not parts or parts[-1].filled == parts[-1].rows.shape[1]:

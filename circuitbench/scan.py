@@ -93,37 +93,33 @@ def ssd_chunk(
     """Chunked scan of Mamba-2: the y and final state of `scan_loop`, by matrix products.
 
     Equal to `mamba_chunk_scan_combined` (state-spaces/mamba) and `ssd_minimal_discrete`, arXiv 2405.21060 listing 1;
-    deviations: float64 sums of log-decays, chunk starts carried by a loop, B and C multiplied once per group.
+    deviations: float64 sums of log-decays, chunk after chunk in a loop, B and C multiplied once per group.
     """
     x, dt, A, B, C, S = _promote(x, dt, A, B, C, state)
     if B.shape[2] != C.shape[2]: B, C = _per_head(B, x.shape[2]), _per_head(C, x.shape[2])
-    xd, log_a, q, ys = x*dt[..., None], dt.double()*A.double(), min(chunk, x.shape[1]), []
-    for i in range(0, x.shape[1], 4*q):
-        y, S = _ssd_block(*(v[:, i:i + 4*q] for v in (xd, log_a, B, C)), S, q)
+    xd, log_a, ys = x*dt[..., None], dt.double()*A.double(), []
+    for i in range(0, x.shape[1], chunk):
+        y, S = _ssd_step(*(v[:, i:i + chunk] for v in (xd, log_a, B, C)), S)
         ys.append(y)
     y = torch.cat(ys, 1) if len(ys) != 1 else ys[0]
-    return (y if D is None else y + D[:, None]*x), S
+    return (y if D is None else torch.addcmul(y, D[:, None], x)), S
 
-def _ssd_block(xd, log_a, B, C, S, q):
-    "A few chunks of `ssd_chunk`, in the layout (batch, group, rest of head, chunk, position in chunk, ...)."
-    (b, l, h, p), (g, n) = xd.shape, B.shape[2:]
-    if pad := -l % q: xd, log_a, B, C = (F.pad(v, (0, 0)*(v.dim() - 2) + (0, pad)) for v in (xd, log_a, B, C))
-    c, r = (l + pad)//q, h//g
-    cum = log_a.view(b, c, q, g, r).permute(0, 3, 4, 1, 2).cumsum(-1)      # b g r c q
-    xd = xd.view(b, c, q, g, r, p).permute(0, 3, 4, 1, 2, 5)              # b g r c q p
-    B, C = (v.reshape(b, c, q, g, n).permute(0, 3, 1, 2, 4) for v in (B, C))   # b g c q n
+def _ssd_step(xd, log_a, B, C, S):
+    "One chunk of `ssd_chunk`: its read-outs, and the state after it."
+    (b, q, h, p), (g, n) = xd.shape, B.shape[2:]
+    cum = log_a.cumsum(1)                                                 # b q h
+    B, C, to = B.transpose(1, 2), C.transpose(1, 2), cum.mT               # b g q n, b g q n, b h q
     future = torch.full((q, q), -torch.inf, dtype=cum.dtype, device=cum.device).triu_(1)
-    L = torch.exp(((cum[..., :, None] + future) - cum[..., None, :]).to(xd.dtype))      # b g r c q q
-    y = ((C @ B.mT)[:, :, None]*L) @ xd                                   # b g r c q p
-    to_end = torch.exp(cum[..., -1:] - cum).to(xd.dtype)
-    W = (xd*to_end[..., None]).mT @ B[:, :, None]                         # b g r c p n, what each chunk adds
-    keep = torch.exp(cum[..., -1]).to(xd.dtype)[..., None, None]          # b g r c 1 1
-    S, starts = S.reshape(b, g, r, p, n), []
-    for k in range(c):
-        starts.append(S)
-        S = torch.addcmul(W[:, :, :, k], keep[:, :, :, k], S)
-    y = y + (C[:, :, None] @ torch.stack(starts, 3).mT)*torch.exp(cum).to(xd.dtype)[..., None]
-    return y.permute(0, 3, 4, 1, 2, 5).reshape(b, l + pad, h, p)[:, :l], S.reshape(b, h, p, n)
+    L = torch.exp(((to[..., :, None] + future) - to[..., None, :]).to(xd.dtype))         # b h q q
+    M = (L.unflatten(1, (g, -1))*(C @ B.mT)[:, :, None]).flatten(1, 2)    # b h q q, the hidden attention within
+    y = (M @ xd.transpose(1, 2)).transpose(1, 2)                          # b q h p
+    old = (C @ S.reshape(b, g, -1, n).mT).transpose(1, 2).reshape(b, q, h, p)
+    y = torch.addcmul(y, old, torch.exp(cum).to(xd.dtype)[..., None])
+    left = xd*torch.exp(cum[:, -1:] - cum).to(xd.dtype)[..., None]        # b q h p, what the end keeps of each x
+    W = left.reshape(b, q, g, -1).permute(0, 2, 3, 1) @ B                 # b g hp n, what the chunk adds
+    keep = torch.exp(cum[:, -1]).to(xd.dtype)[..., None, None]
+    return y, torch.addcmul(W.reshape(b, h, p, n), keep, S)
+
 
 # %% ../nbs/01_scan.ipynb #selective-chunk
 def selective_chunk(

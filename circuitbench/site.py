@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_SITES', 'BLOCK_SITES', 'PER_STEP', 'ALIASES', 'MIXER_POINTS', 'SCAN_SITES', 'SIGNATURES', 'Site', 'SiteTable',
-           'spans', 'SiteError', 'canonical', 'resolve', 'Point', 'Adapter', 'has_module', 'register', 'families',
-           'adapter_for', 'check_transformers']
+           'spans', 'SiteError', 'short', 'canonical', 'resolve', 'Point', 'Adapter', 'has_module', 'register',
+           'families', 'adapter_for', 'check_transformers']
 
 # %% ../nbs/10_site.ipynb #4a5c6023
 from collections.abc import Callable, Iterable, Mapping
@@ -103,6 +103,12 @@ ALIASES = MappingProxyType({
 class SiteError(KeyError):
     "A site that the model or the layer lacks; says what was got and names the nearest."
     def __str__(self): return self.args[0]
+
+def short(
+    name: str,  # a full name
+) -> str:
+    "The name within a block: `ssm.y` of `blocks.3.ssm.y`; embed and logits stay."
+    return name.split('.', 2)[-1]
 
 def canonical(
     name: str,  # a site name, alias or glob; a bare block site such as `out_proj_in` means every block

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .edit import Edit, add, check_at
 from .hook import HookedModel
-from .site import canonical
+from .site import canonical, short
 from .view import Inspector, columns, esc, lines, num, save_page, table, text_diff, token_strip, wrap
 
 # %% ../nbs/60_steer.ipynb #kl-divergence
@@ -44,7 +44,7 @@ def direction_of(
         raise ValueError(f"got {'neither' if vector is None else 'both'}, expected feature_id= with sae=, or vector=")
     if vector is None: name, vector = _latent(model, feature_id, sae, layer, site)
     else: name, vector = _full_name(model, site or model.hook_point, layer), torch.as_tensor(vector)
-    axes, shape = model.adapter.site(name.split('.', 2)[-1]).axes, model.site_shape(name, 1, 1)[2:]
+    axes, shape = model.adapter.site(short(name)).axes, model.site_shape(name, 1, 1)[2:]
     if axes[1] != 'pos': raise ValueError(f'got site {name}, expected one with positions as axis 1; see model.sites()')
     if vector.numel() != math.prod(shape):
         raise ValueError(f'got a direction of {vector.numel()} numbers, expected {math.prod(shape)} for {name} {shape}')
@@ -73,7 +73,7 @@ def _full_name(model, site: str, layer: int | None) -> str:
     if '*' in want and layer is None: raise ValueError(f'got no layer for {site}, expected layer= from 0 to {n - 1}')
     name, *more = model.site_names(want.replace('*', str(layer), 1))
     if more: raise ValueError(f'got site {site!r}, which means several; expected one, see model.sites()')
-    if layer is not None and name != f"blocks.{layer}.{name.split('.', 2)[-1]}":
+    if layer is not None and name != f"blocks.{layer}.{short(name)}":
         raise ValueError(f'got layer {layer} for {name}; expected the same layer, or none')
     return name
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .edit import apply
 from .hook import HookedModel
-from .site import PER_STEP
+from .site import PER_STEP, short
 from .task import facts, indirect_object, induction, training_line
 from .task import text as verses
 
@@ -83,7 +83,7 @@ def activations(
 ) -> Tensor:
     "Activations (batch, pos, d_in) at a site."
     name, = model.site_names(site)
-    if name.split('.', 2)[-1] in PER_STEP: return model.run_with_cache(ids, name)[1][name].flatten(2)
+    if short(name) in PER_STEP: return model.run_with_cache(ids, name)[1][name].flatten(2)
     seen = []
     def catch(x):
         seen.append(x)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .edit import splice, zero
 from .hook import HookedModel
 from .sae import _SAME, SAE, Metrics, SAEConfig
+from .site import short
 from .stream import Text, activations, shipped_text, token_rows
 
 # %% ../nbs/42_train.ipynb #token-loss
@@ -201,7 +202,7 @@ def _site(model, layer: int | None, site: str | None) -> str:
     if len(names) != 1:
         raise ValueError(f'got site {site!r} and layer {layer}, which mean {len(names)} sites; expected one: give '
                          f'layer=0 to {model.n_layers - 1}, or a full name such as {model.site_names(site)[0]!r}')
-    if model.adapter.site(names[0].split('.', 2)[-1]).axes[:2] != ('batch', 'pos'):
+    if model.adapter.site(short(names[0])).axes[:2] != ('batch', 'pos'):
         raise ValueError(f'got site {names[0]}, expected one with a vector for each token; see model.sites()')
     return names[0]
 

@@ -4,7 +4,7 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from circuitbench.shipped import tiny_path
+from circuitbench.load import tiny_path
 from circuitbench.task import fact_pairs, facts, indirect_object, induction, tables, text, training_line
 
 

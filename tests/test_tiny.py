@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from circuitbench.shipped import bits_per_byte, score, shipped_models, tiny_path
+from circuitbench.load import tiny_path
+from circuitbench.shipped import bits_per_byte, score, shipped_models
 from circuitbench.task import text
 
 NAMES = ('mamba2', 'mamba1')
