@@ -293,7 +293,7 @@ class HookedModel:
         if not has_module(block, self.adapter.mixer): return
         mixer = block.get_submodule(self.adapter.mixer)
         def _before(m, args, kwargs):
-            cache = kwargs.get('cache_params')
+            cache = kwargs.get('cache', kwargs.get('cache_params'))       # the name of transformers >= 5.24, and before
             now.tap, now.length = tap, ear.length
             now.state = None if cache is None else cache.get_recurrent_state(i, state_idx=0)
         def _after(m, args, out): now.tap = now.state = None

@@ -153,6 +153,16 @@ def test_generation_equals_uncached(model, ids):
     assert torch.equal(model.generate(ids, 6).tokens, model.hf.generate(ids, **options))
 
 
+def test_a_prompt_in_two_pieces_is_the_prompt(model, ids):
+    "transformers alone starts Mamba-1's second piece from an empty state."
+    ear = model._listener((), (), None, None, None, ids.shape, ids.shape[1], False)
+    with model._listening(ear, 'circuitbench', cached=True), torch.no_grad():
+        first = model.hf(ids[:, :9], use_cache=True)
+        name = 'cache' if 'cache' in first else 'cache_params'
+        second = model.hf(ids[:, 9:], **{name: first[name]}, use_cache=True)
+    assert top(torch.cat([first.logits, second.logits], 1) - model.run(ids).logits) < 1e-5
+
+
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_padding_does_not_matter(model, side):
     texts = ['A short one', 'A text that is rather longer than the first']

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from circuitbench.scan import scan, scan_loop, selective_chunk, ssd_chunk
+from circuitbench.seam import short_conv
 
 
 def inputs(l, h=6, p=4, n=5, g=1, b=2, mamba1=False, dtype=torch.float64, dt=None, seed=0):
@@ -117,3 +118,21 @@ def test_no_state_of_every_step_is_kept():
 
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match='got d_head 4'): selective_chunk(**inputs(5))
+
+
+@pytest.mark.parametrize('l', [1, 2, 3, 4, 50])
+@pytest.mark.parametrize('width', [1, 2, 4])
+@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_the_short_convolution_equals_numpy(l, width, dtype, tol):
+    rand = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=rand, dtype=torch.float64).to(dtype) for s in ((2, l, 6), (6, width), (6,)))
+    want = lambda b: torch.from_numpy(oracle.convolve(*(v.double().numpy() for v in (x, weight)), b))
+    got = short_conv(x, weight)
+    assert got.dtype == dtype and near(got, want(None), tol)
+    assert near(short_conv(x, weight, bias), want(bias.double().numpy()), tol)
+
+
+def test_the_short_convolution_has_exact_gradients():
+    rand = torch.Generator().manual_seed(0)
+    args = [torch.randn(*s, generator=rand, dtype=torch.float64, requires_grad=True) for s in ((2, 7, 3), (3, 4), (3,))]
+    assert torch.autograd.gradcheck(short_conv, args) and torch.autograd.gradgradcheck(short_conv, args)
