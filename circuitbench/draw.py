@@ -305,6 +305,7 @@ def token_strip(
     signed=None,   # diverging colours about 0; None decides from the values
     limits=None,   # (low, high) of the colour scale; None takes the values' own
     mark=None,     # indices of the tokens to outline
+    legend=True,   # the colour scale below
 ) -> str:
     "Show tokens as text, each on the colour of its value."
     tokens = [str(t) for t in tokens]
@@ -325,4 +326,4 @@ def token_strip(
     about = f'{n} tokens' + ('' if v is None else ', ' + extremes(v, lambda i: f'{i} ({tokens[i]!r})'))
     listen = f'{READOUT} onkeyup="this.onpointerover(event)" onkeydown="{esc(_WALK)}"'
     strip = f'<div class="tk" role="group" aria-label="{esc(about)}" {listen}>{"".join(spans)}</div>'
-    return wrap(f'{strip}<output></output>' + (scale.legend() if scale else ''), title)
+    return wrap(f'{strip}<output></output>' + (scale.legend() if scale and legend else ''), title)

@@ -223,12 +223,12 @@ def latent_view(
 
 def _contexts(report, latent, n) -> str:
     "The highest windows as token strips on one scale."
-    limits, strips = (0, float(report.peak[latent, 0])), []
-    for ids, acts, peak in zip(report.ids[latent, :n], report.acts[latent], report.peak[latent]):
+    limits, last = (0, float(report.peak[latent, 0])), int((report.peak[latent, :n] > 0).sum()) - 1
+    strips = []
+    for i, (ids, acts) in enumerate(zip(report.ids[latent, :last+1], report.acts[latent])):
         text = [report.strings[t].replace('\n', '⏎') for t in ids.tolist()]
-        if peak > 0: strips.append(token_strip(text, acts, limits=limits, mark=[int(acts.argmax())]))
-    bare = [strip.rpartition('<div class="lg">')[0] + '</figure>' for strip in strips[:-1]]       # one legend for all
-    return f'<div class="hd">Where it is highest</div>{"".join(bare)}{strips[-1]}'
+        strips.append(token_strip(text, acts, limits=limits, mark=[int(acts.argmax())], legend=i == last))
+    return f'<div class="hd">Where it is highest</div>{"".join(strips)}'
 
 def _spread(report, latent) -> str:
     "Histogram of the activations."

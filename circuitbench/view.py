@@ -24,7 +24,8 @@ _all_ = ['bars', 'columns', 'heatmap', 'histogram', 'lines', 'table', 'text_diff
 
 # %% ../nbs/05_view.ipynb #page
 _PAGE = """body.cbv{margin:0;padding:0 1.2rem 3rem;border-radius:0;font-size:16px} section>.cbv{padding:.6rem 0}
-header,main,nav{max-width:60rem;margin:0 auto} h1{font-size:1.9rem;line-height:1.2;margin:2rem 0 .4rem}
+header,main,nav{max-width:60rem;margin:0 auto}
+h1{font-size:1.9rem;line-height:1.2;margin:2rem 0 .4rem;overflow-wrap:anywhere}
 h2{font-size:1.3rem;margin:2.2rem 0 .4rem} .lead{color:var(--soft);max-width:46rem}
 nav ul{padding-left:1.2rem;margin:.6rem 0} a{color:var(--s0)}
 .skip{position:absolute;left:-99rem} .skip:focus{left:1rem;top:1rem}
