@@ -287,13 +287,33 @@ def n_gram_bits(order, tok):
     return nats/math.log(2)/len(('\n'.join(text('held')) + '\n').encode())
 
 
+@torch.no_grad()
+def bits_in_place(call, tok, context=200):
+    "Bits a byte of the held-out verses where they stand in the book: each is read after the verses before it."
+    lines, nats, size = every_verse(), 0., 0
+    ids = [tok(f'{line}\n')['input_ids'] for line in lines]
+    for i in range(50, len(ids), 50):                           # the first verse has nothing before it
+        before = [t for row in ids[max(0, i-20):i] for t in row][-context:]
+        logits = call(torch.tensor([before + ids[i]])).logits[0, len(before)-1:-1].float()
+        nats += F.cross_entropy(logits, torch.tensor(ids[i]), reduction='sum').item()
+        size += len(f'{lines[i]}\n'.encode())
+    return nats/math.log(2)/size
+
+
+def every_verse():
+    "The whole text: the held-out verses, every fiftieth from the first, back in their places."
+    held, train = iter(text('held')), iter(text('train'))
+    return [next(held if i % 50 == 0 else train) for i in range(len(text('held')) + len(text('train')))]
+
+
 def figures(folder):
     "Measures a folder's weights as they are: all held-out verses and facts, 500 prompts of the other kinds."
     fast_scans()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tok = PreTrainedTokenizerFast.from_pretrained(folder)
     call = lambda ids: model(ids, use_cache=False)
-    return dict(bits=bits_per_byte(call, text('held'), tok), **{k: score(call, k, tokenizer=tok) for k in TASKS})
+    return dict(bits=bits_per_byte(call, text('held'), tok), bits_in_place=bits_in_place(call, tok),
+                **{k: score(call, k, tokenizer=tok) for k in TASKS})
 
 
 def evaluate(folder):
