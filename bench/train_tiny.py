@@ -328,9 +328,11 @@ def evaluate(folder):
     fast_scans()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     by, hf = {}, PreTrainedTokenizerFast.from_pretrained(folder)
+    call = lambda ids: model(ids, use_cache=False)
+    print(f"{'bits, first 130 joined':24} {bits_per_byte(call, text('held')[:130], hf):.4f}")
     for p in facts(): by.setdefault(p.detail, []).append(p)
     for wording, prompts in by.items():
-        share = score(lambda ids: model(ids, use_cache=False), prompts, tokenizer=hf)
+        share = score(call, prompts, tokenizer=hf)
         print(f'{share:.3f} of {len(prompts):3}  {wording}')
 
 

@@ -86,7 +86,7 @@ def load_model(
     if not rest: hf, tok = _saved(name, name, revision, dtype)
     elif scheme == 'mock': hf, tok = _mock(rest)
     elif scheme == 'tiny':
-        hf, tok = _saved(name, tiny_path(rest), None, dtype)
+        hf, tok = _saved(name, tiny_path(name), None, dtype)
     else: raise ValueError(f'got {name!r}, expected {_CHOICES}')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     return HookedModel(hf.to(device=device, dtype=dtype), tok, name, hook_point or 'out_proj_in')
