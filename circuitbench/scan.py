@@ -98,8 +98,8 @@ def ssd_chunk(
     x, dt, A, B, C, S = _promote(x, dt, A, B, C, state)
     if B.shape[2] != C.shape[2]: B, C = _per_head(B, x.shape[2]), _per_head(C, x.shape[2])
     xd, log_a, ys = x*dt[..., None], dt.double()*A.double(), []
-    for i in range(0, x.shape[1], chunk):
-        y, S = _ssd_step(*(v[:, i:i + chunk] for v in (xd, log_a, B, C)), S)
+    for part in zip(*(v.split(chunk, 1) for v in (xd, log_a, B, C))):     # split: its gradient is one concatenation
+        y, S = _ssd_step(*part, S)
         ys.append(y)
     y = torch.cat(ys, 1) if len(ys) != 1 else ys[0]
     return (y if D is None else torch.addcmul(y, D[:, None], x)), S

@@ -109,10 +109,9 @@ def short_conv(
     weight: Tensor,  # (channel, width)
     bias: Tensor | None = None,  # (channel,)
 ) -> Tensor:
-    "Causal depthwise convolution in float32 at least, equal to `causal_conv1d_fn` without the activation."
-    width, f = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
-    taps, v = weight.to(f).mT.contiguous(), x.to(f)                       # row width - 1 weighs the present input
-    y = v*taps[-1] if bias is None else torch.addcmul(bias.to(f), v, taps[-1])
+    "Causal depthwise convolution summed in float64, equal to `causal_conv1d_fn` without the activation."
+    width, taps, v = weight.shape[1], weight.double().mT.contiguous(), x.double()   # the last tap weighs the present
+    y = v*taps[-1] if bias is None else torch.addcmul(bias.double(), v, taps[-1])
     for lag in range(1, min(width, x.shape[1])): y[:, lag:].addcmul_(v[:, :-lag], taps[-1 - lag])
     return y.to(x.dtype)
 
