@@ -61,7 +61,7 @@ class Stage:
 
 
 # Much induction at first, so that its heads form. Then dropout and more translations: without them the text is learned
-# by heart from step 5,500 on. The rate falls to zero on little else than the text that is measured.
+# by heart from step 5,500 on. The last third is mostly the text that is measured.
 TWO_STAGES = (
     Stage(4750, 13000, 3e-3, ((.25, (.36, .14, .12, .06, .32)), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
     Stage(5500, 5500, 2.2e-3, ((.65, (.40, .40, .09, .04, .07)), (1, (.62, .20, .08, .03, .07))), OTHER, .1))
