@@ -37,7 +37,9 @@ def calls(model, bridge, ids, layer):
         return run
 
     bare, residual, mixer = lambda: bridge(ids, use_cache=False), f'blocks.{layer}.hook_out', f'blocks.{layer}.mixer.'
+    hf = lambda: model.hf(ids, use_cache=False)
     return {
+        'the bare model, twice': (hf, None),                    # how far apart the same call may come out
         'nothing, backend=transformers': (lambda: model.run(ids, backend='transformers'), bare),
         'nothing': (lambda: model.run(ids), bare),
         'one residual stream': (ours(f'blocks.{layer}.resid_post'), theirs(lambda n: n == residual)),

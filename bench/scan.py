@@ -17,17 +17,19 @@ from circuitbench.scan import scan_loop, selective_chunk, ssd_chunk
 
 
 def inputs(length, mamba1):
+    "A scan's inputs laid out as in transformers: Mamba-1 has the channels of x and dt before the positions."
     h, p, n = (1536, 1, 16) if mamba1 else (24, 64, 128)
     A = -torch.arange(1., n + 1).expand(h, n).contiguous() if mamba1 else -torch.arange(1., h + 1)
-    return dict(x=torch.randn(1, length, h, p), dt=F.softplus(torch.randn(1, length, h) - 3), A=A,
+    rows = lambda *size: torch.randn(1, *size, length).movedim(-1, 1) if mamba1 else torch.randn(1, length, *size)
+    return dict(x=rows(h, p), dt=F.softplus(rows(h) - 3), A=A,
                 B=torch.randn(1, length, 1, n)*.3, C=torch.randn(1, length, 1, n)*.3, D=torch.ones(h))
 
 
 def theirs(v, mamba1):
     if not mamba1: return modeling_mamba2.mamba2_chunk_scan(v['x'], v['dt'], v['A'], v['B'], v['C'], 256, D=v['D'])
-    t = lambda k: v[k].flatten(2).transpose(1, 2) if k != 'x' else v['x'][..., 0].transpose(1, 2)
-    y = modeling_mamba.mamba_selective_scan(t('x'), v['dt'].transpose(1, 2), v['A'], t('B'), t('C'), D=v['D'])
-    return y.transpose(1, 2)[..., None]
+    x, dt, B, C = v['x'][..., 0], v['dt'], v['B'][:, :, 0], v['C'][:, :, 0]
+    x, dt, B, C = (t.transpose(1, 2) for t in (x, dt, B, C))
+    return modeling_mamba.mamba_selective_scan(x, dt, v['A'], B, C, D=v['D']).transpose(1, 2)[..., None]
 
 
 def calls_on(v, mamba1):

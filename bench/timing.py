@@ -10,14 +10,15 @@ import torch
 
 
 def alternate(calls, seconds=4., least=5):
-    "Median seconds of each call, run in turn until the time is spent and each ran `least` times."
-    times = {k: [] for k in calls}
+    "Median seconds of each call, in turn there and back until the time is spent and each ran `least` times."
+    times, order = {k: [] for k in calls}, list(calls)
     for f in calls.values(): f()                                # warm-up
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for k, f in calls.items():
+        order = list(reversed(order))
+        for k in order:
             start = time.perf_counter()
-            f()
+            calls[k]()
             times[k].append(time.perf_counter() - start)
     return {k: statistics.median(v) for k, v in times.items()}
 

@@ -58,14 +58,19 @@ class Stage:
     "Translations from which 'other_text' is drawn."
     dropout: float = 0.
     "Of what each block adds to the residual stream, and of the embedding."
+    shuffled: float = 0.
+    "Of the rows of text: verses from anywhere, one after the other."
 
 
 # Much induction at first, so that its heads form. Then dropout and more translations: without them the text is learned
-# by heart from step 5,500 on. The last third is mostly the text that is measured.
+# by heart from step 5,500 on. In the end verses out of their order, as they are measured.
 TWO_STAGES = (
     Stage(4750, 13000, 3e-3, ((.25, (.36, .14, .12, .06, .32)), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
     Stage(5500, 5500, 2.2e-3, ((.65, (.40, .40, .09, .04, .07)), (1, (.62, .20, .08, .03, .07))), OTHER, .1))
-STAGES = {'mamba2': TWO_STAGES, 'mamba1': TWO_STAGES}
+# A step takes twice the time: fewer of them, so more induction throughout and less dropout.
+STAGES = {'mamba2': TWO_STAGES, 'mamba1': (
+    Stage(2000, 5500, 3e-3, ((1, TWO_STAGES[0].shares[0][1]),), OTHER[:1]),
+    Stage(2200, 2200, 2.2e-3, TWO_STAGES[1].shares, OTHER, .05))}
 TASKS = KINDS[2:]
 
 
@@ -104,7 +109,7 @@ def configure(name, vocab):
     if name == 'mamba2':
         return Mamba2ForCausalLM(Mamba2Config(
             **shared, num_heads=8, head_dim=64, state_size=64, n_groups=1, chunk_size=32))
-    return MambaForCausalLM(MambaConfig(**shared, state_size=8))
+    return MambaForCausalLM(MambaConfig(**shared, state_size=16))
 
 
 def _mamba2_scan(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_limit=(0., math.inf),
@@ -147,13 +152,18 @@ class Data:
         self.tok, self.stage = tok, stage
         ids = lambda lines: torch.tensor(tok.encode('\n'.join(lines) + '\n').ids, dtype=torch.int32)
         self.texts = {'text': ids(text('train')), 'other_text': torch.cat([ids(other_text(v)) for v in stage.other])}
+        end = tok.token_to_id('\u010a')                      # the line feed of a byte-level vocabulary
+        self.ends = {k: (v == end).nonzero()[:, 0].tolist() for k, v in self.texts.items()}
 
     def row(self, rng, shares):
-        kind = rng.choices(KINDS, shares)[0]
-        if kind in self.texts:
+        kind, ids = rng.choices(KINDS, shares)[0], []
+        if kind in self.texts and self.stage.shuffled and rng.random() < self.stage.shuffled:
+            while len(ids) <= LENGTH:
+                k = rng.randrange(len(self.ends[kind]) - 1)
+                ids += self.texts[kind][self.ends[kind][k] + 1:self.ends[kind][k+1] + 1].tolist()
+        elif kind in self.texts:
             k = rng.randrange(len(self.texts[kind]) - LENGTH - 1)
             return self.texts[kind][k:k+LENGTH+1].long()
-        ids = []
         while len(ids) <= LENGTH: ids += self.tok.encode(training_line(kind, rng) + '\n').ids
         return torch.tensor(ids[:LENGTH+1])
 
@@ -306,30 +316,29 @@ def every_verse():
     return [next(held if i % 50 == 0 else train) for i in range(len(text('held')) + len(text('train')))]
 
 
-def figures(folder):
-    "Measures a folder's weights as they are: all held-out verses and facts, 500 prompts of the other kinds."
+def opened(folder):
+    "A folder's weights as they are: tokens -> output, and the tokenizer."
     fast_scans()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tok = PreTrainedTokenizerFast.from_pretrained(folder)
-    call = lambda ids: model(ids, use_cache=False)
+    return (lambda ids: model(ids, use_cache=False)), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def figures(call, tok):
+    "All held-out verses and facts, 500 prompts of the other kinds."
     return dict(bits=bits_per_byte(call, text('held'), tok), bits_in_place=bits_in_place(call, tok),
                 **{k: score(call, k, tokenizer=tok) for k in TASKS})
 
 
 def evaluate(folder):
     "Prints every figure of the model card."
-    tok = Tokenizer.from_file(str(folder/'tokenizer.json'))
+    (call, hf), tok = opened(folder), Tokenizer.from_file(str(folder/'tokenizer.json'))
     state = load_file(folder/'model.safetensors')
     size, stored = sum(v.numel() for v in state.values()), (folder/'model.safetensors').stat().st_size
     print(f'{folder.name}: {size:,} parameters, {stored/1e6:.2f} MB')
-    for k, v in figures(folder).items(): print(f'{k:24} {v:.4f}')
-    for order, what in ((1, 'unigram'), (4, '4-gram, back-off')):
-        print(f'{what:24} {n_gram_bits(order, tok):.4f}')
-    fast_scans()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    by, hf = {}, PreTrainedTokenizerFast.from_pretrained(folder)
-    call = lambda ids: model(ids, use_cache=False)
-    print(f"{'bits, first 130 joined':24} {bits_per_byte(call, text('held')[:130], hf):.4f}")
+    rows = figures(call, hf) | {'bits, first 130 joined': bits_per_byte(call, text('held')[:130], hf),
+                                'unigram': n_gram_bits(1, tok), '4-gram, back-off': n_gram_bits(4, tok)}
+    for k, v in rows.items(): print(f'{k:24} {v:.4f}')
+    by = {}
     for p in facts(): by.setdefault(p.detail, []).append(p)
     for wording, prompts in by.items():
         share = score(call, prompts, tokenizer=hf)
@@ -345,7 +354,7 @@ def ship(name, step, out):
     if not source.is_dir():
         raise ValueError(f"no checkpoint {source}: there are {', '.join(sorted(p.name for p in out.glob('step*')))}")
     row = dict(step=last, seconds=log[-1]['seconds'], tokens=last*BATCH*LENGTH, final=step is None,
-               **{k: round(v, 4) for k, v in figures(source).items()})
+               **{k: round(v, 4) for k, v in figures(*opened(source)).items()})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     lines = [*log, row] if step is None else [row]
     tok = Tokenizer.from_file(str(source/'tokenizer.json'))

@@ -143,7 +143,8 @@ def selective_chunk(
     x, dt, A, B, C, S = _promote(x, dt, A, B, C, state)
     q = chunk or max(4, min(32, 2**19//(x.shape[0]*A.numel())))
     S = S[:, :, 0].mT.contiguous()
-    y, S = _Selective.apply(x[..., 0]*dt, dt, A.mT.contiguous(), B[:, :, 0], C[:, :, 0], S, q)
+    inputs = x[..., 0]*dt, dt, A.mT, B[:, :, 0], C[:, :, 0]    # transformers has the channels before the positions
+    y, S = _Selective.apply(*(v.contiguous() for v in inputs), S, q)
     y = y[..., None]
     return (y if D is None else y + D[:, None]*x), S.mT[:, :, None]
 
@@ -166,7 +167,7 @@ class _Selective(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dS):
         "Gradients of the six tensors, block by block from the last, each block's states computed again."
-        u, dt, A, B, C = ctx.saved_tensors
+        (u, dt, A, B, C), dy = ctx.saved_tensors, dy.contiguous()
         du, ddt, dA, dB, dC = (torch.zeros_like(v) for v in (u, dt, A, B, C))
         for k in reversed(range(len(ctx.starts))):
             w = slice(k*ctx.q, (k + 1)*ctx.q)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tapped_scan', 'mamba2_chunk_scan', 'mamba2_state_update', 'mamba1_scan', 'mamba1_state_update', 'short_conv', 'conv',
-           'swapped']
+           'conv_update', 'swapped']
 
 # %% ../nbs/03_seam.ipynb #fcf54a25
 from collections.abc import Callable
@@ -116,20 +116,23 @@ def short_conv(
     return y.to(x.dtype)
 
 def conv(live, original: Callable) -> Callable:
-    "The short convolution, `causal_conv1d_fn` or `causal_conv1d_update`, its output shown as `ssm.conv`."
-    prompt = original.__name__ == 'causal_conv1d_fn'
-    def _replacement(hidden_states, *args, **kwargs):
-        # transformers' axes are (batch, channel, pos)
-        cpu = prompt and hidden_states.device.type == 'cpu'
-        y = (_on_cpu if cpu else original)(hidden_states, *args, **kwargs)
-        if live.tap is None or not live.tap.wants('ssm.conv'): return y
-        before, here = y[..., :-live.length], y[..., -live.length:]
-        return torch.cat([before, live.tap('ssm.conv', here.transpose(1, 2)).transpose(1, 2)], -1)
+    "The short convolution of a whole prompt: `causal_conv1d_fn`, the same arguments and results; shown as `ssm.conv`."
+    def _replacement(hidden_states, weight, bias=None, activation=None, **kwargs):
+        if hidden_states.device.type != 'cpu':
+            return _tapped_conv(live, original(hidden_states, weight, bias, activation=activation, **kwargs))
+        y = short_conv(hidden_states.transpose(1, 2), weight, bias)           # transformers: (batch, channel, pos)
+        return _tapped_conv(live, (y if activation is None else ACT2FN[activation](y)).transpose(1, 2))
     return _replacement
 
-def _on_cpu(hidden_states, weight, bias=None, activation=None, **kwargs):
-    y = short_conv(hidden_states.transpose(1, 2), weight, bias)
-    return (y if activation is None else ACT2FN[activation](y)).transpose(1, 2)
+def conv_update(live, original: Callable) -> Callable:
+    "The short convolution of one decoding step, transformers' own `causal_conv1d_update`; shown as `ssm.conv`."
+    return lambda *args, **kwargs: _tapped_conv(live, original(*args, **kwargs))
+
+def _tapped_conv(live, y: Tensor) -> Tensor:
+    "The convolution's output (batch, channel, pos), tapped at the positions of this call."
+    if live.tap is None or not live.tap.wants('ssm.conv'): return y
+    before, here = y[..., :-live.length], y[..., -live.length:]
+    return torch.cat([before, live.tap('ssm.conv', here.transpose(1, 2)).transpose(1, 2)], -1)
 
 @contextmanager
 def swapped(
@@ -144,4 +147,3 @@ def swapped(
         yield
     finally:
         for name, f in originals.items(): setattr(module, name, f)
-

@@ -32,6 +32,28 @@ READY = '''async () => {
     await nb.sessionContext.session.kernel.info;
 }'''
 
+# Contrast of each piece of text against what is painted under it.
+CONTRAST = """() => {
+  const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = css => { paint.clearRect(0, 0, 1, 1); paint.fillStyle = css; paint.fillRect(0, 0, 1, 1);
+                        return [...paint.getImageData(0, 0, 1, 1).data] };
+  const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+                                        .reduce((s, c, i) => s + c * [.2126, .7152, .0722][i], 0);
+  const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor);
+                                                         if (c[3] > 250) return c } return [255, 255, 255, 255] };
+  const out = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
+    if (e.closest('svg,style,script') || !(own || e.dataset.s)) continue;
+    const [a, b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
+    out.push([(a + .05) / (b + .05), e.tagName + ' ' + e.textContent.slice(0, 30)]);
+  }
+  return out }"""
+
+# The middle of an element, scrolled into view.
+MIDDLE = """e => { e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();
+                   return [r.left + r.width / 2, r.top + r.height / 2] }"""
+
 
 @dataclass
 class Seen:

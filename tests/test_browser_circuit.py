@@ -3,8 +3,7 @@ from html import unescape
 
 import pytest
 import torch
-from browser import chromium, jupyter_lab, notebook_page, watched_page
-from test_browser_view import CONTRAST, MIDDLE
+from browser import CONTRAST, MIDDLE, chromium, jupyter_lab, notebook_page, watched_page
 
 from circuitbench.circuit import extract_circuit
 from circuitbench.draw import esc

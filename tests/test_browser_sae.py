@@ -1,7 +1,6 @@
 """The browser of latents, as an exported page and live in JupyterLab."""
 import pytest
-from browser import chromium, jupyter_lab, notebook_page, watched_page
-from test_browser_view import CONTRAST
+from browser import CONTRAST, chromium, jupyter_lab, notebook_page, watched_page
 
 from circuitbench.latent import SAEInspector, latent_order
 from circuitbench.load import load_model

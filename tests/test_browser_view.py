@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from browser import chromium, jupyter_lab, notebook_page, set_theme, watched_page
+from browser import CONTRAST, MIDDLE, chromium, jupyter_lab, notebook_page, set_theme, watched_page
 
 from circuitbench import view as cv
 
@@ -30,25 +30,6 @@ def demo(tmp_path_factory):
          + cv.lines({'one': [1, 2, 3], 'two': [3, 2, 1]})),
         ('Texts', cv.text_diff('a b c', 'a c d') + cv.table([[1, 'x']], ['n', 's']))]
     return cv.save_page(tmp_path_factory.mktemp('page') / 'demo.html', 'Demo', sections, lead='All of them.').as_uri()
-
-
-# Contrast of each piece of text against what is painted under it.
-CONTRAST = """() => {
-  const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-  const rgba = css => { paint.clearRect(0, 0, 1, 1); paint.fillStyle = css; paint.fillRect(0, 0, 1, 1);
-                        return [...paint.getImageData(0, 0, 1, 1).data] };
-  const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-                                        .reduce((s, c, i) => s + c * [.2126, .7152, .0722][i], 0);
-  const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor);
-                                                         if (c[3] > 250) return c } return [255, 255, 255, 255] };
-  const out = [];
-  for (const e of document.querySelectorAll('body *')) {
-    const own = [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
-    if (e.closest('svg,style,script') || !(own || e.dataset.s)) continue;
-    const [a, b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
-    out.push([(a + .05) / (b + .05), e.tagName + ' ' + e.textContent.slice(0, 30)]);
-  }
-  return out }"""
 
 
 @pytest.mark.parametrize('scheme, width', [('light', 1100), ('dark', 1100), ('light', 400)])
@@ -96,10 +77,6 @@ def test_keyboard_reaches_tokens_and_reads_them_out(browser, demo):
         assert focused() == "2: ' of' = -2"
         page.locator('figure').first.locator('span[data-t]').last.hover()
         assert out.text_content() == "4: ' France' = 3.5" and seen.errors == []
-
-
-MIDDLE = """e => { e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();
-                   return [r.left + r.width / 2, r.top + r.height / 2] }"""
 
 
 def test_charts_read_out_their_values(browser, demo):

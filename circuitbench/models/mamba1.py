@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from transformers import MambaConfig
 
-from ..seam import conv, mamba1_scan, mamba1_state_update
+from ..seam import conv, conv_update, mamba1_scan, mamba1_state_update
 from ..site import Adapter, register
 
 # %% ../../nbs/11_mamba1.ipynb #small
@@ -31,7 +31,7 @@ ADAPTER = register(Adapter(
     sizes=sizes,
     functions=MappingProxyType({
         'mamba_selective_scan': mamba1_scan, 'mamba_selective_state_update': mamba1_state_update,
-        'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
+        'causal_conv1d_fn': conv, 'causal_conv1d_update': conv_update}),
     axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.decay', 'ssm.write', 'ssm.state'),
     note='in_proj holds x, z; heads are channels (d_head 1); decay is exp(dt A), one number a state column; '
          'y includes the skip D x'))

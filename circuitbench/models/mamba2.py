@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Mamba2Config
 
-from ..seam import conv, mamba2_chunk_scan, mamba2_state_update
+from ..seam import conv, conv_update, mamba2_chunk_scan, mamba2_state_update
 from ..site import Adapter, register
 
 # %% ../../nbs/12_mamba2.ipynb #gated-rms
@@ -47,7 +47,7 @@ ADAPTER = register(Adapter(
     sizes=sizes,
     functions=MappingProxyType({
         'mamba2_chunk_scan': mamba2_chunk_scan, 'mamba2_selective_state_update': mamba2_state_update,
-        'causal_conv1d_fn': conv, 'causal_conv1d_update': conv}),
+        'causal_conv1d_fn': conv, 'causal_conv1d_update': conv_update}),
     gate=('mixer.norm', gated_rms),
     note='in_proj holds z, x, B, C, dt; conv holds x, B, C; decay is exp(dt A), one number a head; '
          'y includes the skip D x'))
