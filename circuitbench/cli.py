@@ -95,7 +95,7 @@ def _inside(model, cache, circuit) -> str:
     block, tokens = circuit.top_layers(n=1)[0][0], cache.tokens[0]
     state = cache[f'blocks.{block}.ssm.state'][0]
     head = int(state.diff(dim=0).flatten(2).norm(dim=2).sum(0).argmax())
-    steps = sorted({round(i*(len(tokens) - 1)/3) for i in range(4)})
+    steps = sorted({round(i*(len(tokens) - 1)/2) for i in range(3)})
     top = float(state[:, head].abs().max())
     images = [heatmap(state[t, head], title=f'after {tokens[t]!r}', xlabel='d_state', ylabel='d_head',
                       limits=(-top, top), cell=3.5) for t in steps]

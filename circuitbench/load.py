@@ -46,8 +46,10 @@ def _saved(name: str, where: str | Path, revision: str | None, dtype: torch.dtyp
     "A saved model and its tokenizer through transformers; ValueError for what is missing, damaged or unknown."
     try: config, _ = PretrainedConfig.get_config_dict(str(where), revision=revision)
     except OSError as err:
-        raise ValueError(f'got {name!r}, which is no folder with a config.json and could not be had from the Hub '
-                         f'({str(err).splitlines()[0]}); expected {_CHOICES}') from err
+        local = (Path(where)/'config.json').exists()
+        what = ('whose config.json cannot be read' if local else
+                'which is no folder with a config.json and could not be had from the Hub')
+        raise ValueError(f'got {name!r}, {what} ({str(err).splitlines()[0]}); expected {_CHOICES}') from err
     if 'model_type' not in config:
         raise ValueError(f'got {name!r}, whose config.json names no model_type; '
                          'expected a folder in the transformers layout')
