@@ -71,6 +71,7 @@ STAGES = {
                Stage(3200, 3200, 1.8e-3, ((1, (.58, .26, .07, .03, .06)),), OTHER, .1, .5)),
     'mamba1': (Stage(2500, 5500, 3e-3, ((1, INDUCE),), OTHER[:1]),          # a step takes twice the time
                Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5))}
+AVERAGED = {'mamba2': (10250, 12000, 13450)}     # the model that ships is the mean of these: better than each of them
 TASKS = KINDS[2:]
 
 
@@ -345,6 +346,16 @@ def evaluate(folder):
         print(f'{share:.3f} of {len(prompts):3}  {wording}')
 
 
+def averaged(steps, out):
+    "The folder of the mean of some checkpoints' weights."
+    states = [load_file(out/f'step{s}'/'model.safetensors') for s in steps]
+    state = {k: sum(s[k].float() for s in states)/len(steps) for k in states[0]}
+    model = AutoModelForCausalLM.from_pretrained(out/f'step{steps[-1]}', dtype=torch.float32)
+    model.load_state_dict(state, strict=False)                 # without the head, which is the embedding
+    write_folder(model, Tokenizer.from_file(str(out/'tokenizer.json')), out/'mean')
+    return out/'mean'
+
+
 def ship(name, step, out):
     "Copies a trained folder into the package, with its log; the log's last line has the figures as rounded."
     log = map(json.loads, (out/'log.jsonl').read_text().splitlines())
@@ -353,6 +364,7 @@ def ship(name, step, out):
     source, folder = out/f'step{last}', DATA/(name if step is None else f'{name}-step{step}')
     if not source.is_dir():
         raise ValueError(f"no checkpoint {source}: there are {', '.join(sorted(p.name for p in out.glob('step*')))}")
+    if step is None and name in AVERAGED: source = averaged(AVERAGED[name], out)
     row = dict(step=last, seconds=log[-1]['seconds'], tokens=last*BATCH*LENGTH, final=step is None,
                **{k: round(v, 4) for k, v in figures(*opened(source)).items()})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
