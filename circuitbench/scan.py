@@ -97,16 +97,15 @@ def ssd_chunk(
     """
     x, dt, A, B, C, S = _promote(x, dt, A, B, C, state)
     if B.shape[2] != C.shape[2]: B, C = _per_head(B, x.shape[2]), _per_head(C, x.shape[2])
-    xd, log_a, ys = x*dt[..., None], dt.double()*A.double(), []
-    for part in zip(*(v.split(chunk, 1) for v in (xd, log_a, B, C))):     # split: its gradient is one concatenation
-        y, S = _ssd_step(*part, S)
+    log_a, ys = dt.double()*A.double(), []
+    for part in zip(*(v.split(chunk, 1) for v in (x, dt, log_a, B, C))):  # split: its gradient is one concatenation
+        y, S = _ssd_step(*part, D, S)
         ys.append(y)
-    y = torch.cat(ys, 1) if len(ys) != 1 else ys[0]
-    return (y if D is None else torch.addcmul(y, D[:, None], x)), S
+    return (torch.cat(ys, 1) if len(ys) != 1 else ys[0]), S
 
-def _ssd_step(xd, log_a, B, C, S):
+def _ssd_step(x, dt, log_a, B, C, D, S):
     "One chunk of `ssd_chunk`: its read-outs, and the state after it."
-    (b, q, h, p), (g, n) = xd.shape, B.shape[2:]
+    (b, q, h, p), (g, n), xd = x.shape, B.shape[2:], x*dt[..., None]
     cum = log_a.cumsum(1)                                                 # b q h
     B, C, to = B.transpose(1, 2), C.transpose(1, 2), cum.mT               # b g q n, b g q n, b h q
     future = torch.full((q, q), -torch.inf, dtype=cum.dtype, device=cum.device).triu_(1)
@@ -115,6 +114,7 @@ def _ssd_step(xd, log_a, B, C, S):
     y = (M @ xd.transpose(1, 2)).transpose(1, 2)                          # b q h p
     old = (C @ S.reshape(b, g, -1, n).mT).transpose(1, 2).reshape(b, q, h, p)
     y = torch.addcmul(y, old, torch.exp(cum).to(xd.dtype)[..., None])
+    if D is not None: y = torch.addcmul(y, D[:, None], x)
     left = xd*torch.exp(cum[:, -1:] - cum).to(xd.dtype)[..., None]        # b q h p, what the end keeps of each x
     W = left.reshape(b, q, g, -1).permute(0, 2, 3, 1) @ B                 # b g hp n, what the chunk adds
     keep = torch.exp(cum[:, -1]).to(xd.dtype)[..., None, None]
