@@ -63,6 +63,14 @@ def measure(model, bridge, ids, o):
     return rows
 
 
+def added(o):
+    "What a run with backend='transformers' adds to the bare call, measured where the call itself is short."
+    model, ids = load_model('mock://mamba2-tiny'), torch.arange(4)[None]
+    calls = {'ours': lambda: model.run(ids, backend='transformers'), 'bare': lambda: model.hf(ids, use_cache=False)}
+    with torch.no_grad(): t = alternate(calls, o.seconds, 100)
+    print(f"\na run with backend='transformers' adds {(t['ours'] - t['bare'])*1e3:.2f} ms, whatever the model's size")
+
+
 def main(o):
     for layers, d, h, n, length in [(2, 128, 4, 32, 64)] if o.quick else [(4, 768, 24, 128, t) for t in (256, 1024)]:
         config = Mamba2Config(vocab_size=257, hidden_size=d, num_hidden_layers=layers, num_heads=h, head_dim=2*d//h,
@@ -72,6 +80,7 @@ def main(o):
             byte_tokenizer().save_pretrained(folder)
             rows = measure(load_model(folder), lens(folder), torch.randint(0, 257, (1, length)), o)
         table(rows, o, f'{layers} layers, d_model {d}, {h} heads, state {n}, length {length}; x: ours over theirs')
+    added(o)
 
 
 if __name__ == '__main__':
