@@ -22,6 +22,11 @@ def lens(folder):
     return TransformerBridge.boot_transformers(folder, device='cpu')
 
 
+def untouched(model, ids):
+    "The bare transformers model as a call."
+    return lambda: model.hf(ids, use_cache=False)
+
+
 def calls(model, bridge, ids, layer):
     "What is timed, ours and theirs under the same name."
     inside = [n for n in model.site_names(f'blocks.{layer}.ssm.*') if not n.endswith(('state', 'write'))]
@@ -37,9 +42,8 @@ def calls(model, bridge, ids, layer):
         return run
 
     bare, residual, mixer = lambda: bridge(ids, use_cache=False), f'blocks.{layer}.hook_out', f'blocks.{layer}.mixer.'
-    hf = lambda: model.hf(ids, use_cache=False)
     return {
-        'the bare model, twice': (hf, None),                    # how far apart the same call may come out
+        'the bare model, twice': (untouched(model, ids), None),  # how far apart the same call may come out
         'nothing, backend=transformers': (lambda: model.run(ids, backend='transformers'), bare),
         'nothing': (lambda: model.run(ids), bare),
         'one residual stream': (ours(f'blocks.{layer}.resid_post'), theirs(lambda n: n == residual)),
@@ -54,7 +58,7 @@ def measure(model, bridge, ids, o):
     "A row a call: ours, the bare model and TransformerLens in turn."
     rows = []
     for name, (ours, peer) in calls(model, bridge, ids, model.n_layers//2).items():
-        timed = {'ours': ours, 'bare': lambda: model.hf(ids, use_cache=False)} | ({'lens': peer} if peer else {})
+        timed = {'ours': ours, 'bare': untouched(model, ids)} | ({'lens': peer} if peer else {})
         t = alternate(timed, 2*o.seconds, 3)
         lens_ms, x_lens = (t['lens']*1e3, t['ours']/t['lens']) if peer else ('-', '-')
         rows.append(dict(listens_to=name, ours_ms=t['ours']*1e3, bare_ms=t['bare']*1e3, x_bare=t['ours']/t['bare'],
@@ -66,7 +70,7 @@ def measure(model, bridge, ids, o):
 def added(o):
     "What a run with backend='transformers' adds to the bare call, measured where the call itself is short."
     model, ids = load_model('mock://mamba2-tiny'), torch.arange(4)[None]
-    calls = {'ours': lambda: model.run(ids, backend='transformers'), 'bare': lambda: model.hf(ids, use_cache=False)}
+    calls = {'ours': lambda: model.run(ids, backend='transformers'), 'bare': untouched(model, ids)}
     with torch.no_grad(): t = alternate(calls, o.seconds, 100)
     print(f"\na run with backend='transformers' adds {(t['ours'] - t['bare'])*1e3:.2f} ms, whatever the model's size")
 

@@ -19,6 +19,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -154,14 +155,12 @@ class Data:
         ids = lambda lines: torch.tensor(tok.encode('\n'.join(lines) + '\n').ids, dtype=torch.int32)
         self.texts = {'text': ids(text('train')), 'other_text': torch.cat([ids(other_text(v)) for v in stage.other])}
         end = tok.token_to_id('\u010a')                      # the line feed of a byte-level vocabulary
-        self.ends = {k: (v == end).nonzero()[:, 0].tolist() for k, v in self.texts.items()}
+        self.verses = {k: v.tensor_split((v == end).nonzero()[:, 0] + 1)[1:-1] for k, v in self.texts.items()}
 
     def row(self, rng, shares):
         kind, ids = rng.choices(KINDS, shares)[0], []
         if kind in self.texts and self.stage.shuffled and rng.random() < self.stage.shuffled:
-            while len(ids) <= LENGTH:
-                k = rng.randrange(len(self.ends[kind]) - 1)
-                ids += self.texts[kind][self.ends[kind][k] + 1:self.ends[kind][k+1] + 1].tolist()
+            while len(ids) <= LENGTH: ids += rng.choice(self.verses[kind]).tolist()
         elif kind in self.texts:
             k = rng.randrange(len(self.texts[kind]) - LENGTH - 1)
             return self.texts[kind][k:k+LENGTH+1].long()
@@ -318,25 +317,27 @@ def every_verse():
 
 
 def opened(folder):
-    "A folder's weights as they are: tokens -> output, and the tokenizer."
+    "A folder's model, with its weights as they are, and the tokenizer."
     fast_scans()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return (lambda ids: model(ids, use_cache=False)), PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def figures(call, tok):
+def figures(model, tok):
     "All held-out verses and facts, 500 prompts of the other kinds."
+    call = partial(model, use_cache=False)
     return dict(bits=bits_per_byte(call, text('held'), tok), bits_in_place=bits_in_place(call, tok),
                 **{k: score(call, k, tokenizer=tok) for k in TASKS})
 
 
 def evaluate(folder):
     "Prints every figure of the model card."
-    (call, hf), tok = opened(folder), Tokenizer.from_file(str(folder/'tokenizer.json'))
+    (model, hf), tok = opened(folder), Tokenizer.from_file(str(folder/'tokenizer.json'))
     state = load_file(folder/'model.safetensors')
     size, stored = sum(v.numel() for v in state.values()), (folder/'model.safetensors').stat().st_size
     print(f'{folder.name}: {size:,} parameters, {stored/1e6:.2f} MB')
-    rows = figures(call, hf) | {'bits, first 130 joined': bits_per_byte(call, text('held')[:130], hf),
+    call = partial(model, use_cache=False)
+    rows = figures(model, hf) | {'bits, first 130 joined': bits_per_byte(call, text('held')[:130], hf),
                                 'unigram': n_gram_bits(1, tok), '4-gram, back-off': n_gram_bits(4, tok)}
     for k, v in rows.items(): print(f'{k:24} {v:.4f}')
     by = {}
@@ -365,9 +366,9 @@ def ship(name, step, out):
     if not source.is_dir():
         raise ValueError(f"no checkpoint {source}: there are {', '.join(sorted(p.name for p in out.glob('step*')))}")
     if step is None and name in AVERAGED: source = averaged(AVERAGED[name], out)
+    model, hf = opened(source)
     row = dict(step=last, seconds=log[-1]['seconds'], tokens=last*BATCH*LENGTH, final=step is None,
-               **{k: round(v, 4) for k, v in figures(*opened(source)).items()})
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+               **{k: round(v, 4) for k, v in figures(model, hf).items()})
     lines = [*log, row] if step is None else [row]
     tok = Tokenizer.from_file(str(source/'tokenizer.json'))
     write_folder(model, tok, folder, log_jsonl=''.join(json.dumps(r) + '\n' for r in lines))

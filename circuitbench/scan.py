@@ -142,11 +142,10 @@ def selective_chunk(
                          'scan_loop takes every shape')
     x, dt, A, B, C, S = _promote(x, dt, A, B, C, state)
     q = chunk or max(4, min(32, 2**19//(x.shape[0]*A.numel())))
-    S = S[:, :, 0].mT.contiguous()
-    inputs = x[..., 0]*dt, dt, A.mT, B[:, :, 0], C[:, :, 0]    # transformers has the channels before the positions
-    y, S = _Selective.apply(*(v.contiguous() for v in inputs), S, q)
-    y = y[..., None]
-    return (y if D is None else y + D[:, None]*x), S.mT[:, :, None]
+    parts = x[..., 0], dt, A.mT, B[:, :, 0], C[:, :, 0], S[:, :, 0].mT
+    x, dt, A, B, C, S = (v.contiguous() for v in parts)        # transformers has the channels before the positions
+    y, S = _Selective.apply(x*dt, dt, A, B, C, S, q)
+    return (y if D is None else y + D*x)[..., None], S.mT[:, :, None]
 
 class _Selective(torch.autograd.Function):
     "S_t = exp(dt_t A) S_{t-1} + B_t u_t, y_t = C_t S_t with S (batch, d_state, channel) and u = dt x."
