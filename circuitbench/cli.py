@@ -115,7 +115,7 @@ def _summary(model, prompt, said, sae, circuit, feature, steered) -> str:
 _NEXT = '''What to try next:
   circuitbench sites tiny://mamba2                 every tensor that can be read and edited
   circuitbench quickstart --prompt 'The king of Egypt dwelt in' --target ' Cairo'
-  jupyter lab nbs/20_hook.ipynb                    reading, editing and differentiating, with the inspector'''
+  jupyter lab nbs/30_hook.ipynb                    reading, editing and differentiating, with the inspector'''
 
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `circuitbench`: 0, 2 for what cannot be, 130 when interrupted."
