@@ -148,17 +148,15 @@ def cells(
     heads: int | Iterable[int] | str | None = None,  # None: whole sites; 'each', or numbers: a column a head
 ) -> list[Cell]:
     "The cells of a sweep, column by column; ValueError or SiteError for what the model does not have."
-    layers, heads = _numbers(model.n_layers, layers, 'layer'), _numbers(model.sizes['head'], heads, 'head')
+    layers = _numbers(model.n_layers, layers, 'layer')
     names = dict.fromkeys(model.site_names(_columns(model) if sites is None else sites))
     if bad := [n for n in names if not n.startswith('blocks.')]:
         raise ValueError(f'got site {bad[0]!r}, which is in no layer; expected sites of blocks, see model.sites()')
     out = []
     for name, (_, layer, site) in ((n, n.split('.', 2)) for n in names):
         if layers is not None and int(layer) not in layers: continue
-        axes = model.adapter.site(site).axes
-        if axes[1] != 'pos': raise ValueError(f'got site {name}, expected one whose axis 1 is pos; see model.sites()')
-        if heads is None or 'head' not in axes: out.append(Cell(name, int(layer), site))
-        else: out += [Cell(name, int(layer), f'{site}[{h}]', (h,)) for h in heads]
+        if heads is None or not model.heads(name): out.append(Cell(name, int(layer), site))
+        else: out += [Cell(name, int(layer), f'{site}[{h}]', (h,)) for h in _numbers(model.heads(name), heads, 'head')]
     if not out: raise ValueError(f'got sites={sites!r}, expected some that layers {layers} have; see model.sites()')
     return sorted(out, key=lambda c: [*BLOCK_SITES].index(c.site.split('[')[0]))
 

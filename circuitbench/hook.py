@@ -6,6 +6,8 @@
 __all__ = ['SCALARS', 'HookedModel', 'activation_view', 'HookInspector']
 
 # %% ../nbs/30_hook.ipynb #5d2bc927
+import math
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
@@ -18,12 +20,12 @@ import transformers
 from torch import Tensor, nn
 
 from .chart import heatmap
-from .draw import token_strip
+from .draw import esc, token_strip
 from .edit import Edit, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read, Tap
 from .seam import swapped
 from .site import (
-    BLOCK_SITES, PER_STEP, SiteTable, adapter_for, check_transformers, has_module, resolve, short, spans)
+    BLOCK_SITES, MODEL_SITES, PER_STEP, Point, SiteTable, adapter_for, check_transformers, resolve, short, spans)
 from .view import Inspector
 
 # %% ../nbs/30_hook.ipynb #HookedModel
@@ -34,25 +36,31 @@ class HookedModel:
         hf: nn.Module,  # a transformers causal language model of a registered type
         tokenizer=None,  # a transformers tokenizer, for text in and out
         name: str = '',  # what results call the model
-        hook_point: str = 'ssm.out_proj_in',  # default site of train_sae, extract_circuit and steer
+        hook_point: str | None = None,  # default site of train_sae, extract_circuit and steer; None: the family's
         share: float = .5,  # of the free memory that a read may take
     ):
         self.hf, self.tokenizer, self.share = hf.eval().requires_grad_(False), tokenizer, share
         self.name = name or type(hf).__name__
-        self.adapter = adapter_for(hf.config.model_type)
+        self.config = hf.config.get_text_config()
+        self.adapter = adapter_for(self.config.model_type)
         self._module = import_module(self.adapter.module)
         check_transformers(self.adapter, self._module, transformers.__version__)
         self.blocks = hf.get_submodule(self.adapter.layers)
-        self._inside = set(self.adapter.inside) - ({'ssm.gate'} if self.adapter.gate else set())   # for taps alone
-        inner = (f'blocks.{i}.{s}' for i, b in enumerate(self.blocks) for s in self.adapter.block_sites(b))
+        self._inside = {*self.adapter.inside, 'attn.pattern'} - ({'ssm.gate'} if self.adapter.gate else set())
+        self.points = [self.adapter.points(self.config, i) for i in range(len(self.blocks))]
+        inner = (f'blocks.{i}.{s}' for i in range(len(self.blocks)) for s in self.adapter.block_sites(self.config, i))
         self._names = ['embed', *inner, 'logits']
-        self.sizes = self.adapter.sizes(hf.config)
-        self.hook_point = short(self.site_names(hook_point)[0])
+        self.sizes = self.adapter.sizes(self.config)
+        self.hook_point = short(self.site_names(hook_point or self.adapter.hook_point)[0])
+        uses = Counter(id(m) for block in self.blocks for m in block.modules())
+        self._shared = {m for m, n in uses.items() if n > 1}             # one module at several depths
 
     @property
     def device(self) -> torch.device: return next(self.hf.parameters()).device
     @property
     def dtype(self) -> torch.dtype: return next(self.hf.parameters()).dtype
+    @property
+    def ends(self) -> dict[str, Point]: return self.adapter.ends(self.config)
     @property
     def n_layers(self) -> int: return len(self.blocks)
 
@@ -67,14 +75,21 @@ class HookedModel:
 
     def site_shape(self, name: str, batch: int, pos: int) -> tuple[int, ...]:
         "Shape of a site for a batch of prompts of a length."
-        size = {**self.sizes, 'batch': batch, 'pos': pos, 'query': pos, 'key': pos}
+        size = {**self.sizes, 'batch': batch, 'pos': pos, 'key': pos}
+        if name not in MODEL_SITES: size |= self.adapter.block_sizes(self.config, int(name.split('.')[1]))
         return tuple(size[a] for a in self._site(name).axes)
+
+    def heads(self, name: str) -> int:
+        "How many heads a site has (name or block site); 0 without a head axis."
+        return self.sizes.get(self._site(name).head_axis, 0)
 
     def sites(self) -> SiteTable:
         "Every site with its blocks, axes, sizes and meaning; prints as a table."
         def _row(name, names):
             site = self.adapter.site(name)
-            axes = ' '.join(a if a in ('batch', 'pos', 'query', 'key') else f'{a}={self.sizes[a]}' for a in site.axes)
+            shapes = sorted({self.site_shape(n, 0, 0) for n in names})
+            size = lambda k: '/'.join(dict.fromkeys(str(s[k]) for s in shapes))
+            axes = ' '.join(a if a in ('batch', 'pos', 'key') else f'{a}={size(k)}' for k, a in enumerate(site.axes))
             blocks = '' if name in ('embed', 'logits') else spans(int(n.split('.')[1]) for n in names)
             return name, blocks, axes, site.meaning
         where = {s: [n for n in self._names if short(n) == s] for s in ('embed', *BLOCK_SITES, 'logits')}
@@ -148,7 +163,7 @@ class HookedModel:
         mask = made if mask is None else mask.to(self.device)
         ear = self._listener(names, edit, at, heads, dtype, ids.shape, ids.shape[1], grad)
         self._check_memory(ear.reads, *ids.shape, grad, ids.shape[1])
-        with self._listening(ear, backend, grad), torch.enable_grad() if grad else nullcontext():
+        with self._listening(ear, backend, mask, grad), torch.enable_grad() if grad else nullcontext():
             logits = self.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
         strings = [self.strings(r) for r in ids] if names else []
         return Output(logits, ids, mask), Cache(ear.heard, ear.pos, ear.paths, strings)
@@ -173,7 +188,7 @@ class HookedModel:
         self._check_memory(ear.reads, len(ids), length, False, n)
         fill, rng = self.hf.config.pad_token_id or 0, torch.random.fork_rng(enabled=seed is not None)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill) | kwargs
-        with torch.no_grad(), rng, self._listening(ear, backend, cached=True):
+        with torch.no_grad(), rng, self._listening(ear, backend, mask, cached=True):
             if seed is not None: torch.manual_seed(seed)
             out = self.hf.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
         text = [] if self.tokenizer is None else [self.tokenizer.decode(r[n:], skip_special_tokens=True) for r in out]
@@ -191,13 +206,14 @@ class HookedModel:
         if heads is not None: heads = (heads,) if isinstance(heads, int) else tuple(heads)
         for e in live(edit):
             for n in self.site_names(e.site):
-                if e.head is not None and not self._site(n).has_heads:
-                    raise ValueError(f'{e!r} chooses heads, but {n} has none; model.sites() lists the axes')
+                if e.head is not None and max(e.head) >= self.heads(n):
+                    raise ValueError(f'got {e!r}, but {n} has {self.heads(n) or "no"} heads; model.sites() lists the axes')
                 edits.setdefault(n, []).append(e)
             self._check_positions(e.pos, shape[1], length, e)
         self._check_positions(at, shape[1], length, 'at=')
-        if heads is not None and (not heads or any(not 0 <= h < self.sizes['head'] for h in heads)):
-            raise ValueError(f"got heads={heads}, expected 0 to {self.sizes['head'] - 1}")
+        most = min(filter(None, map(self.heads, names)), default=self.sizes.get('head', 0))
+        if heads is not None and (not heads or any(not 0 <= h < most for h in heads)):
+            raise ValueError(f"got heads={heads}, expected 0 to {most - 1}")
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
         return Listener(reads, edits, shape[1], grad)
 
@@ -235,7 +251,7 @@ class HookedModel:
         return backend == 'circuitbench' and not (self.device.type == 'cuda' and find_spec('mamba_ssm'))
 
     @contextmanager
-    def _listening(self, ear: Listener, backend: str, grad: bool = False, cached: bool = False):
+    def _listening(self, ear: Listener, backend: str, mask: Tensor | None = None, grad=False, cached=False):
         "Puts in what the listener needs, and takes it out on every exit."
         if backend not in ('circuitbench', 'transformers'):
             raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
@@ -245,60 +261,93 @@ class HookedModel:
             raise ValueError(f"got {in_scan[0]} with backend='transformers', which cannot be listened to inside; "
                              'expected the default backend')
         inside = {int(n.split('.')[1]) for n in in_scan}
-        now, embed = SimpleNamespace(tap=None, state=None, length=0), self.hf.get_submodule(self.adapter.embed)
+        now = SimpleNamespace(tap=None, state=None, length=0, block=None, limit=_NO_LIMIT)
+        embed = self.hf.get_submodule(self.ends['embed'].module)
         with ExitStack() as stack:
             hook = lambda handle: stack.callback(handle.remove)
             hook(embed.register_forward_pre_hook(lambda m, args: ear.forward(args[0].shape[1])))
             if grad: hook(embed.register_forward_hook(lambda m, args, out: out.detach().requires_grad_()))
-            for name in wanted: self._hook_point(name, ear, hook)
-            if inside or self._swaps(backend):
-                stack.enter_context(swapped(self._module, self.adapter.functions, now))
-                for i, block in enumerate(self.blocks):
-                    tap = Tap(ear, i) if i in inside else None
-                    if tap or cached: self._hook_mixer(block, i, tap, now, ear, hook)
+            swaps = bool(inside) or self._swaps(backend)
+            if swaps: stack.enter_context(swapped(self._module, self.adapter.functions, now))
+            if swaps and mask is not None: self._hook_padding(ear, mask, hook)
+            for i in range(len(self.blocks)):
+                tap = Tap(ear, i) if i in inside else None
+                if tap or self._shared or (cached and swaps): self._hook_block(i, tap, now, ear, hook)
+            for name in wanted: self._hook_site(name, ear, now, hook)
             yield
 
-    def _hook_point(self, name: str, ear: Listener, hook):
-        "Listens to a site that is a module's input or output."
-        if name in ('embed', 'logits'):
-            module, side = self.hf.get_submodule(self.adapter.embed if name == 'embed' else self.adapter.head), 'out'
-        else:
-            _, i, site = name.split('.', 2)
-            block = self.blocks[int(i)]
-            if site == 'ssm.gate' and self.adapter.gate: return self._hook_gate(block, name, ear, hook)
-            if site not in self.adapter.points: return
-            point = self.adapter.points[site]
-            module, side = block.get_submodule(point.module), point.side
-        if side == 'in':
-            def _before(m, args, kwargs):
-                if args: return (ear(name, args[0]), *args[1:]), kwargs
-                return args, kwargs | {'hidden_states': ear(name, kwargs['hidden_states'])}
-            hook(module.register_forward_pre_hook(_before, with_kwargs=True))
-        else:
-            def _after(m, args, out): return (ear(name, out[0]), *out[1:]) if isinstance(out, tuple) else ear(name, out)
-            hook(module.register_forward_hook(_after))
+    def _hook_padding(self, ear: Listener, mask: Tensor, hook):
+        "transformers zeroes padding before the input projection, whose bias would put it back before the convolution."
+        for block, points in zip(self.blocks, self.points):
+            if 'ssm.in_proj' not in points: continue
+            linear = block.get_submodule(points['ssm.in_proj'].module)
+            if linear.bias is None: continue
+            def _zero(m, args, out):
+                here = mask[:, ear.lo:ear.lo + ear.length]                 # rows that are decoded have no padding
+                return out*here[..., None].to(out) if here.shape[1] == out.shape[1] else out
+            hook(linear.register_forward_hook(_zero))
 
-    def _hook_gate(self, block, name: str, ear: Listener, hook):
-        "Listens to a gate that acts inside a norm module; the norm is computed again only if the gate was changed."
-        path, forward = self.adapter.gate
-        def _after(norm, args, out):
-            y, z = args
-            gate = nn.functional.silu(z.float())
-            new = ear(name, gate.unflatten(-1, (self.sizes['head'], self.sizes['d_head']))).flatten(-2)
-            return forward(norm, y, new) if name in ear.edits or ear.path else out
-        hook(block.get_submodule(path).register_forward_hook(_after))
-
-    def _hook_mixer(self, block, i: int, tap: Tap | None, now, ear: Listener, hook):
-        "Tells the scan functions which block is running, and from which state it starts."
-        if not has_module(block, self.adapter.mixer): return
-        mixer = block.get_submodule(self.adapter.mixer)
+    def _hook_block(self, i: int, tap: Tap | None, now, ear: Listener, hook):
+        "Tells the replaced functions which block is running, and from which state it starts."
+        mixer = self.blocks[i].get_submodule(self.points[i]['ssm'].module) if 'ssm' in self.points[i] else None
+        limit = getattr(mixer, 'time_step_limit', None) or _NO_LIMIT
         def _before(m, args, kwargs):
-            cache = kwargs.get('cache', kwargs.get('cache_params'))       # the name of transformers >= 5.24, and before
-            now.tap, now.length = tap, ear.length
-            now.state = None if cache is None else cache.get_recurrent_state(i, state_idx=0)
+            cache = next((kwargs[k] for k in _CACHES if kwargs.get(k) is not None), None)
+            now.block, now.tap, now.length, now.limit = i, tap, ear.length, limit
+            now.state = None if mixer is None or cache is None else cache.get_recurrent_state(i, state_idx=0)
         def _after(m, args, out): now.tap = now.state = None
-        hook(mixer.register_forward_pre_hook(_before, with_kwargs=True))
-        hook(mixer.register_forward_hook(_after, always_call=True))
+        hook(self.blocks[i].register_forward_pre_hook(_before, with_kwargs=True))
+        hook(self.blocks[i].register_forward_hook(_after, always_call=True))
+
+    def _hook_site(self, name: str, ear: Listener, now, hook):
+        "Listens to a site that is a module's input or output; those within a replaced function have their tap."
+        if name in MODEL_SITES: return self._hook_point(name, self.hf, self.ends[name], ear, now, hook)
+        _, i, site = name.split('.', 2)
+        block, points = self.blocks[int(i)], self.points[int(i)]
+        if site == 'ssm.gate' and self.adapter.gate:
+            d = (self.sizes['head'], self.sizes['d_head'])
+            def _hear(gate):
+                shown = gate.reshape(-1, ear.length, *d)
+                new = ear(name, shown)
+                return gate if new is shown else new.reshape(gate.shape)
+            self.adapter.gate(block.get_submodule(points['ssm'].module), _hear, hook)
+        elif site in points: self._hook_point(name, block, points[site], ear, now, hook)
+
+    def _hook_point(self, name: str, root: nn.Module, point: Point, ear: Listener, now, hook):
+        "Listens to a `Point` of a block or, for embed and logits, of the model."
+        module, other, change = root.get_submodule(point.module), [], []
+        last, axes = self.site_shape(name, 1, 1)[2:], len(self._site(name).axes)
+        elsewhere = lambda: id(module) in self._shared and self.blocks[now.block] is not root
+        def _through(x):
+            if elsewhere(): return x
+            v = x if point.scale == 1 else x*point.scale
+            if other: v = v + other.pop()
+            split = axes == 4 and v.dim() == 3
+            shown = v.unflatten(-1, last) if split else v
+            new = ear(name, shown)
+            if new is shown: return x
+            if split: new = new.flatten(-2)
+            if point.rejoin: change.append(new - v)
+            return new if v is x else x + (new - v)/point.scale
+        if point.plus:
+            def _note(m, args, out): other[:] = [] if elsewhere() else [_first(out)*point.plus.scale]
+            hook(root.get_submodule(point.plus.module).register_forward_hook(_note))
+        if point.side == 'in':
+            def _before(m, args, kwargs):
+                if args: return (_through(args[0]), *args[1:]), kwargs
+                key = 'hidden_states' if 'hidden_states' in kwargs else next(iter(kwargs))
+                return args, kwargs | {key: _through(kwargs[key])}
+            hook(module.register_forward_pre_hook(_before, with_kwargs=True))
+        else: hook(module.register_forward_hook(lambda m, args, out: _with_first(out, _through(_first(out)))))
+        if point.rejoin:
+            def _rejoin(m, args, out): return _with_first(out, _first(out) + change.pop()) if change else out
+            hook(root.register_forward_hook(_rejoin))
+
+_NO_LIMIT = (0., math.inf)                                 # of dt
+_CACHES = ('cache', 'past_key_values', 'cache_params')     # transformers >= 5.24 has the first name, before the others
+
+def _first(out): return out[0] if isinstance(out, tuple) else out
+def _with_first(out, x): return (x, *out[1:]) if isinstance(out, tuple) else x
 
 # %% ../nbs/30_hook.ipynb #activation-view
 SCALARS = {
@@ -318,6 +367,9 @@ def activation_view(
     "A site of a run as HTML: tokens coloured by a number, and a heat map; ValueError for an unknown scalar."
     if scalar not in SCALARS: raise ValueError(f'got scalar={scalar!r}, expected one of {list(SCALARS)}')
     name = site if site in cache else f'blocks.{block}.{site}'
+    if name not in cache:
+        have = spans(sorted({int(n.split('.')[1]) for n in cache if short(n) == site}))
+        return f'<p>Block {block} has no {esc(site)}; blocks {have} have it.</p>'
     value, tokens = cache[name][0].detach().float(), cache.tokens[0]
     has_heads = site in BLOCK_SITES and BLOCK_SITES[site].has_heads
     one_head = has_heads and value.dim() > 2
@@ -336,10 +388,11 @@ class HookInspector(Inspector):
     def __init__(self, model: HookedModel, prompt, edit: Edit | Iterable[Edit] = ()):
         _, cache = model.run_with_cache(prompt, '*', edit=edit)
         shorts, last = [r[0] for r in model.sites().rows], len(cache.tokens[0]) - 1
-        top_block, top_head = model.n_layers - 1, model.sizes['head'] - 1
-        def _view(site='ssm.state', block=0, head=0, position=last, scalar='norm'):
+        top_block, top_head = model.n_layers - 1, max(map(model.heads, shorts)) - 1
+        start = next(s for s in ('ssm.state', model.hook_point) if s in shorts)
+        def _view(site=start, block=0, head=0, position=last, scalar='norm'):
             return activation_view(cache, site, block, head, position, scalar)
         limit = {'block': lambda v: {'max': 0 if v['site'] in ('embed', 'logits') else top_block},
-                 'head': lambda v: {'max': top_head if model.adapter.site(v['site']).has_heads else 0}}
+                 'head': lambda v: {'max': max(model.heads(v['site']) - 1, 0)}}
         super().__init__(_view, f'{model.name}: every site of one run', play=('position',), depends=limit, site=shorts,
                          block=(0, top_block), head=(0, top_head), position=(0, last), scalar=list(SCALARS))

@@ -33,16 +33,19 @@ def logit_effect(
 
     None where the way to the residual stream is not linear.
     """
+    if short(site) in model.adapter.beside: return None
     if short(site) not in _ADDED:
         if (linear := _way_out(model, site)) is None: return None
-        directions = directions.to(linear.weight) @ linear.weight.T
-    head = model.hf.get_submodule(model.adapter.head).weight
-    effect = (directions.to(head)*_norm_weight(model)) @ head.T
+        out = model.points[int(site.split('.')[1])][f"{short(site).partition('.')[0]}.out"]      # ssm.out or attn.out
+        directions = directions.to(linear.weight) @ linear.weight.T*out.scale
+    logits = model.ends['logits']
+    head = model.hf.get_submodule(logits.module).weight
+    effect = (directions.to(head)*_norm_weight(model)) @ head.T*logits.scale
     return effect - effect.mean(-1, keepdim=True)
 
 def _way_out(model, site: str) -> nn.Linear | None:
     "The matrix that takes a site into the residual stream, if the site is its input."
-    block, point = model.blocks[int(site.split('.')[1])], model.adapter.points.get(short(site))
+    block, point = model.blocks[i := int(site.split('.')[1])], model.points[i].get(short(site))
     if point is None or point.side != 'in' or not point.module: return None
     linear = block.get_submodule(point.module)
     return linear if isinstance(linear, nn.Linear) and linear.out_features == model.sizes['d_model'] else None

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .edit import Edit, edited, positions
@@ -80,7 +81,12 @@ class Listener:
     def heard(self) -> dict[str, Tensor]:
         "Everything kept, in the order of the reads."
         rows = {n: [getattr(p, 'rows', p) for p in self.parts[n]] for n in self.reads if n in self.parts}
-        return {n: r[0] if len(r) == 1 else torch.cat(r, 1) for n, r in rows.items()}
+        return {n: r[0] if len(r) == 1 else torch.cat(_as_wide(r), 1) for n, r in rows.items()}
+
+def _as_wide(parts: list[Tensor]) -> list[Tensor]:
+    "Parts of the same last size: attention weights get columns of zeros for the keys that came later."
+    widths = [p.shape[-1] for p in parts]
+    return [F.pad(p, (0, max(widths) - n)) if n < max(widths) else p for p, n in zip(parts, widths)]
 
 def _picker(rows: list[int], read: Read, x: Tensor) -> Callable:
     "The function that takes the kept rows and heads of x."

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from .hook import HookedModel
-from .models import mamba1, mamba2  # noqa: F401, each registers its adapter
+from .models import (  # noqa: F401, each registers its adapter
+    bamba, falcon_h1, falcon_mamba, granite_hybrid, jamba, llama, mamba1, mamba2, nemotron_h, zamba2)
 from .site import adapter_for, families
 
 TINY = Path(__file__).parent/'tiny' if '__file__' in globals() else Path('../circuitbench/tiny')
@@ -91,7 +92,7 @@ def load_model(
         hf, tok = _saved(name, tiny_path(name), None, dtype)
     else: raise ValueError(f'got {name!r}, expected {_CHOICES}')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    return HookedModel(hf.to(device=device, dtype=dtype), tok, name, hook_point or 'out_proj_in')
+    return HookedModel(hf.to(device=device, dtype=dtype), tok, name, hook_point)
 
 def tiny_path(
     name: str,  # with or without `tiny://`

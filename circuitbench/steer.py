@@ -44,8 +44,8 @@ def direction_of(
         raise ValueError(f"got {'neither' if vector is None else 'both'}, expected feature_id= with sae=, or vector=")
     if vector is None: name, vector = _latent(model, feature_id, sae, layer, site)
     else: name, vector = _full_name(model, site or model.hook_point, layer), torch.as_tensor(vector)
-    axes, shape = model.adapter.site(short(name)).axes, model.site_shape(name, 1, 1)[2:]
-    if axes[1] != 'pos': raise ValueError(f'got site {name}, expected one with positions as axis 1; see model.sites()')
+    shape = model.site_shape(name, 1, 1)[2:]
+    if short(name) == 'attn.pattern': raise ValueError(f'got site {name}, expected one of fixed width; see model.sites()')
     if vector.numel() != math.prod(shape):
         raise ValueError(f'got a direction of {vector.numel()} numbers, expected {math.prod(shape)} for {name} {shape}')
     norm = (vector := vector.detach().to(model.device).float()).norm()

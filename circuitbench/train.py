@@ -202,7 +202,7 @@ def _site(model, layer: int | None, site: str | None) -> str:
     if len(names) != 1:
         raise ValueError(f'got site {site!r} and layer {layer}, which mean {len(names)} sites; expected one: give '
                          f'layer=0 to {model.n_layers - 1}, or a full name such as {model.site_names(site)[0]!r}')
-    if model.adapter.site(short(names[0])).axes[:2] != ('batch', 'pos'):
+    if 'key' in model.adapter.site(short(names[0])).axes:
         raise ValueError(f'got site {names[0]}, expected one with a vector for each token; see model.sites()')
     return names[0]
 

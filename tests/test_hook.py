@@ -5,10 +5,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from checkpoints import in_float64
+from exact import float64
 
 from circuitbench.edit import add, apply, mean, patch, scale, zero
+from circuitbench.hook import HookedModel
 from circuitbench.load import load_model
-from circuitbench.site import SiteError, families
+from circuitbench.seam import attention_functions
+from circuitbench.site import SiteError, families, short
 
 
 def top(x): return float(x.detach().abs().max())
@@ -17,16 +21,16 @@ def top(x): return float(x.detach().abs().max())
 def clean(model):
     "No hook is left and the module's functions are transformers' own."
     functions = [getattr(model._module, name) for name in model.adapter.functions]
-    own = all(f.__module__ == model._module.__name__ and '<locals>' not in f.__qualname__ for f in functions)
+    own = not any('<locals>' in getattr(f, '__qualname__', '') or isinstance(f, attention_functions) for f in functions)
     return own and not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
 
 
-def test_every_site_equals_the_float64_model(model, ids):
-    truth = oracle.run(model.hf, ids)
-    out, cache = model.run_with_cache(ids, '*')
-    assert set(cache) == set(truth) == set(model._names)
+def test_every_site_equals_the_float64_model(mamba, ids):
+    truth = oracle.run(mamba.hf, ids)
+    out, cache = mamba.run_with_cache(ids, '*')
+    assert set(cache) == set(truth) == set(mamba._names)
     for name, want in truth.items():
-        assert tuple(cache[name].shape) == want.shape == model.site_shape(name, *ids.shape), name
+        assert tuple(cache[name].shape) == want.shape == mamba.site_shape(name, *ids.shape), name
         assert top(cache[name].double() - torch.from_numpy(want)) <= 3e-6*max(1, abs(want).max()), name
 
 
@@ -38,8 +42,8 @@ def test_logits_equal_transformers(model, ids):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
-def test_other_dtypes(model, ids, dtype):
-    other = load_model(model.name, dtype=dtype)
+def test_other_dtypes(mamba, ids, dtype):
+    other = load_model(mamba.name, dtype=dtype)
     truth = torch.from_numpy(oracle.run(other.hf, ids)['logits'])
     ours, theirs = (other.run(ids, backend=b).logits.double() for b in ('circuitbench', 'transformers'))
     assert other.run_with_cache(ids, 'ssm.out_proj_in')[1]['blocks.0.ssm.out_proj_in'].dtype == dtype
@@ -47,11 +51,11 @@ def test_other_dtypes(model, ids, dtype):
     else: assert top(ours - truth) <= 1.2*top(theirs - truth) < .2*top(truth)
 
 
-def test_zero_strength_is_the_clean_run_bit_for_bit(model, ids):
-    want = model.run(ids).logits
-    for name in model._names: assert torch.equal(model.run(ids, edit=0*zero(name)).logits, want), name
+def test_zero_strength_is_the_clean_run_bit_for_bit(recurrent, ids):
+    want = recurrent.run(ids).logits
+    for name in recurrent._names: assert torch.equal(recurrent.run(ids, edit=0*zero(name)).logits, want), name
     s = torch.zeros((), requires_grad=True)
-    kept = model.run(ids, edit=s*zero('blocks.0.ssm.state', at=4)).logits
+    kept = recurrent.run(ids, edit=s*zero('blocks.0.ssm.state', at=4)).logits
     assert kept.requires_grad and top(kept - want) < 1e-5*top(want)
 
 
@@ -62,22 +66,22 @@ def test_an_identity_edit_changes_nothing_at_any_site(model, ids):
         assert top(got - want) < 2e-6*top(want), name
 
 
-def test_an_edit_at_t_changes_nothing_before_t_and_something_after(model, ids):
+def test_an_edit_at_t_changes_nothing_before_t_and_something_after(recurrent, ids):
     cut = add('blocks.*.ssm.state', torch.zeros(()), at=8)           # the scan is cut at the same step in both runs
-    want = model.run(ids, edit=cut).logits
-    for name in model._names:
-        change = (model.run(ids, edit=add(name, torch.ones(()), at=8) | cut).logits - want).abs().amax((0, 2))
+    want = recurrent.run(ids, edit=cut).logits
+    for name in recurrent._names:
+        change = (recurrent.run(ids, edit=add(name, torch.ones(()), at=8) | cut).logits - want).abs().amax((0, 2))
         # not zero before t, by rounding: B and C of one head each take the loop
-        assert top(change[:8]) < 1e-6*top(want) and top(change[8:]) > 1e-4, name
+        assert top(change[:8]) < 5e-6*top(want) and top(change[8:]) > 1e-4, name
 
 
-def test_state_edit_goes_on_as_the_equations_say(model, ids):
+def test_state_edit_goes_on_as_the_equations_say(recurrent, ids):
     "A change D of a state reaches step s as (the product of the decays) D, within one block with fixed inputs."
     name, t = 'blocks.0.ssm.state', 5
-    shape = model.site_shape(name, 2, 1)
+    shape = recurrent.site_shape(name, 2, 1)
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    _, before = model.run_with_cache(ids, [f'blocks.0.ssm.{s}' for s in ('state', 'decay', 'C', 'y')])
-    _, after = model.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.y'], edit=add(name, delta, at=t))
+    _, before = recurrent.run_with_cache(ids, [f'blocks.0.ssm.{s}' for s in ('state', 'decay', 'C', 'y')])
+    _, after = recurrent.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.y'], edit=add(name, delta, at=t))
     a = before['blocks.0.ssm.decay'][:, t + 1:].double().cumprod(1)
     a = a[..., None, None] if a.dim() == 3 else a[:, :, :, None]
     want = torch.cat([delta.double(), a*delta.double()], 1)
@@ -86,34 +90,34 @@ def test_state_edit_goes_on_as_the_equations_say(model, ids):
     assert top((after['blocks.0.ssm.y'] - before['blocks.0.ssm.y'])[:, t:].double() - read) < 2e-5*max(1, top(read))
 
 
-def test_edits_of_decay_and_write(model, ids):
-    _, forget = model.run_with_cache(ids, 'blocks.0.ssm.state', edit=zero('blocks.0.ssm.decay', at=6))
-    _, cache = model.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.write'])
+def test_edits_of_decay_and_write(recurrent, ids):
+    _, forget = recurrent.run_with_cache(ids, 'blocks.0.ssm.state', edit=zero('blocks.0.ssm.decay', at=6))
+    _, cache = recurrent.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.write'])
     assert top(forget['blocks.0.ssm.state'][:, 6] - cache['blocks.0.ssm.write'][:, 6]) < 1e-6
-    _, deaf = model.run_with_cache(ids, 'blocks.0.ssm.state', edit=zero('blocks.0.ssm.write'))
+    _, deaf = recurrent.run_with_cache(ids, 'blocks.0.ssm.state', edit=zero('blocks.0.ssm.write'))
     assert top(deaf['blocks.0.ssm.state']) == 0
 
 
-def test_heads_and_positions(model, ids):
-    out, cache = model.run_with_cache(ids, ['ssm.y', 'ssm.state', 'resid_post'], at=[3, -1], heads=[0, 2])
-    _, full = model.run_with_cache(ids, ['ssm.y', 'ssm.state', 'resid_post'])
-    assert cache.positions('blocks.1.ssm.state') == [3, 20]
+def test_heads_and_positions(recurrent, ids):
+    out, cache = recurrent.run_with_cache(ids, ['ssm.y', 'ssm.state', 'resid_post'], at=[3, -1], heads=[0, 2])
+    _, full = recurrent.run_with_cache(ids, ['ssm.y', 'ssm.state', 'resid_post'])
+    assert cache.positions('blocks.0.ssm.state') == [3, 20]
     for n in cache:
         want = full[n][:, [3, 20]]
-        assert top(cache[n] - (want if 'resid' in n else want[:, :, [0, 2]])) < 1e-5, n
-    _, changed = model.run_with_cache(ids, 'blocks.0.ssm.y', edit=scale('blocks.0.ssm.y', 2., at=3, heads=[0, 2]))
+        assert top(cache[n] - (want if 'resid' in n else want[:, :, [0, 2]])) < 5e-6*max(1, top(want)), n
+    _, changed = recurrent.run_with_cache(ids, 'blocks.0.ssm.y', edit=scale('blocks.0.ssm.y', 2., at=3, heads=[0, 2]))
     want = full['blocks.0.ssm.y'].clone()
     want[:, 3, [0, 2]] *= 2
     assert top(changed['blocks.0.ssm.y'] - want) < 1e-5
 
 
-def test_positions_come_ascending_and_once(model, ids):
-    _, full = model.run_with_cache(ids, ['ssm.y', 'ssm.state'])
-    _, cache = model.run_with_cache(ids, ['ssm.y', 'ssm.state'], at=[7, 2, 7])
+def test_positions_come_ascending_and_once(recurrent, ids):
+    _, full = recurrent.run_with_cache(ids, ['ssm.y', 'ssm.state'])
+    _, cache = recurrent.run_with_cache(ids, ['ssm.y', 'ssm.state'], at=[7, 2, 7])
     for n in cache:
         assert cache.positions(n) == [2, 7] and top(cache[n] - full[n][:, [2, 7]]) < 1e-5, n
     source = full['blocks.0.ssm.y'][:, [7, 2]]                                # rows as the positions are listed
-    _, same = model.run_with_cache(ids, 'blocks.0.ssm.y', edit=patch('blocks.0.ssm.y', source, at=[7, 2]))
+    _, same = recurrent.run_with_cache(ids, 'blocks.0.ssm.y', edit=patch('blocks.0.ssm.y', source, at=[7, 2]))
     assert top(same['blocks.0.ssm.y'] - full['blocks.0.ssm.y']) < 1e-5
 
 
@@ -125,7 +129,7 @@ def test_prompts_may_be_arrays(model):
 def test_interchange_gives_the_other_run(model, ids):
     "Patch the whole residual stream after the last block and get the other run."
     other = ids.roll(1, 0)
-    name = 'blocks.1.resid_post'
+    name = f'blocks.{model.n_layers - 1}.resid_post'
     want, source = model.run_with_cache(other, 'blocks.*.resid_post')
     got = model.run(ids, edit=patch(name, source[name])).logits
     assert top(got - want.logits) < 1e-5
@@ -134,8 +138,8 @@ def test_interchange_gives_the_other_run(model, ids):
 
 
 def test_generation_equals_uncached(model, ids):
-    edit = (add('blocks.0.ssm.state', torch.full((), .5), at=[3, 22])
-            | scale('blocks.1.ssm.out_proj_in', 1.5, at=slice(20, None)))
+    edit = add('embed', torch.full((), .2), at=[3, 22]) | scale(model.hook_point, 1.5, at=slice(20, None))
+    if 'ssm.state' in {short(n) for n in model._names}: edit = add('ssm.state', torch.full((), .5), at=[3, 22]) | edit
     for e in ((), edit):
         gen = model.generate(ids, 6, edit=e, names='*')
         grown = ids
@@ -148,56 +152,46 @@ def test_generation_equals_uncached(model, ids):
             pos = gen.cache.positions(n)
             first = 20 if n == 'logits' else 0                 # transformers computes just a prompt's last logits
             assert pos == list(range(first, 26)) and gen.cache[n].shape[1] == len(pos), n
-            assert top(gen.cache[n] - cache[n][:, pos]) < 3e-5*max(1, top(cache[n])), n
+            assert top(gen.cache[n] - cache[n][:, pos]) < 5e-5*max(1, top(cache[n])), n
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(model.generate(ids, 6).tokens, model.hf.generate(ids, **options))
 
 
-def test_a_prompt_in_two_pieces_is_the_prompt(model, ids):
+def test_a_prompt_in_two_pieces_is_the_prompt(recurrent, ids):
     "transformers alone starts Mamba-1's second piece from an empty state."
-    ear = model._listener((), (), None, None, None, ids.shape, ids.shape[1], False)
-    with model._listening(ear, 'circuitbench', cached=True), torch.no_grad():
-        first = model.hf(ids[:, :9], use_cache=True)
+    ear = recurrent._listener((), (), None, None, None, ids.shape, ids.shape[1], False)
+    with recurrent._listening(ear, 'circuitbench', cached=True), torch.no_grad():
+        first = recurrent.hf(ids[:, :9], use_cache=True)
         name = 'cache' if 'cache' in first else 'cache_params'
-        second = model.hf(ids[:, 9:], **{name: first[name]}, use_cache=True)
-    assert top(torch.cat([first.logits, second.logits], 1) - model.run(ids).logits) < 1e-5
+        place = {'position_ids': torch.arange(9, 21)[None]} if recurrent.adapter.family == 'bamba' else {}   # it starts at 0 else
+        second = recurrent.hf(ids[:, 9:], **{name: first[name]}, **place, use_cache=True)
+    assert top(torch.cat([first.logits, second.logits], 1) - recurrent.run(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_padding_does_not_matter(model, side):
     texts = ['A short one', 'A text that is rather longer than the first']
-    out, cache = model.run_with_cache(texts, ['ssm.y', 'resid_post'], pad=side)
+    out, cache = model.run_with_cache(texts, [model.hook_point, 'resid_post'], pad=side)
     for i, text in enumerate(texts):
-        alone, own = model.run_with_cache(text, ['ssm.y', 'resid_post'])
+        alone, own = model.run_with_cache(text, [model.hook_point, 'resid_post'])
         rows = out.mask[i].bool()
-        assert top(out.logits[i][rows] - alone.logits[0]) < 1e-5 and top(out.last[i] - alone.logits[0, -1]) < 1e-5
-        for n in own: assert top(cache[n][i][rows] - own[n][0]) < 2e-5, n
+        assert top(out.logits[i][rows] - alone.logits[0]) < 2e-5 and top(out.last[i] - alone.logits[0, -1]) < 2e-5
+        for n in own: assert top(cache[n][i][rows] - own[n][0]) < 5e-5, n
     together, alone = model.generate(texts, 5), [model.generate(t, 5) for t in texts]
     assert together.text == [a.text[0] for a in alone]
 
 
 def test_gradients_equal_finite_differences_in_float64(model, ids):
-    exact = load_model(model.name, dtype=torch.float64)
-    out, cache = exact.run_with_cache(ids, '*', grad=True)
-    grads = cache.grad(out.logits[0, -1, 3])
-    g, eps = torch.Generator().manual_seed(2), 1e-4
-    for name in cache:
-        if name == 'embed': continue                                          # the leaf itself
-        v = torch.randn(grads[name].shape, generator=g, dtype=torch.float64)
-        up, down = (exact.run(ids, edit=add(name, sign*eps*v)).logits[0, -1, 3].double() for sign in (1, -1))
-        want, got = (up - down)/(2*eps), (grads[name].double()*v).sum()
-        assert abs(want - got) <= 2e-3*max(1, abs(want)), (name, float(want), float(got))
-
-
-def test_gradients_equal_transformers(model, ids):
-    "Gradient at the embedding through our scan and through transformers' own."
-    def at_embedding(forward):
-        x = model.hf.get_submodule(model.adapter.embed)(ids).detach().requires_grad_()
-        return torch.autograd.grad(forward(x)[0, -1, 3], x)[0]
-    theirs = at_embedding(lambda x: model.hf(inputs_embeds=x, use_cache=False).logits)
-    for names in ('embed', ['embed', 'ssm.state']):
-        out, cache = model.run_with_cache(ids, names, grad=True)
-        assert top(cache.grad(out.logits[0, -1, 3])['embed'] - theirs) <= 1e-4*max(1, top(theirs))
+    exact = HookedModel(in_float64(model.hf))
+    with float64(exact.hf):
+        out, cache = exact.run_with_cache(ids, '*', grad=True)
+        grads = cache.grad(out.logits[0, -1, 3])
+        g, eps = torch.Generator().manual_seed(2), 1e-6
+        for name in cache:
+            v = torch.randn(grads[name].shape, generator=g, dtype=torch.float64)
+            up, down = (exact.run(ids, edit=add(name, sign*eps*v)).logits[0, -1, 3] for sign in (1, -1))
+            want, got = (up - down)/(2*eps), (grads[name]*v).sum()
+            assert abs(want - got) <= 1e-6*max(1, abs(want)), (name, float(want), float(got))
 
 
 def test_nothing_stays_behind(model, ids):
@@ -205,45 +199,45 @@ def test_nothing_stays_behind(model, ids):
     for name in model._names:
         with pytest.raises(RuntimeError, match='stop'): model.run(ids, edit=apply(name, fail))
         assert clean(model), name
-    with pytest.raises(RuntimeError, match='stop'): model.generate(ids, 3, edit=apply('ssm.state', fail, at=22))
+    with pytest.raises(RuntimeError, match='stop'): model.generate(ids, 3, edit=apply(model.hook_point, fail, at=22))
     assert clean(model)
     model.run_with_cache(ids, '*')
     assert clean(model)
 
 
-def test_errors_say_what_was_got_and_expected(model, ids):
-    with pytest.raises(SiteError, match=r'expected one of blocks 0-1'): model.run_with_cache(ids, 'blocks.7.ssm.y')
-    with pytest.raises(SiteError, match='nearest: .*ssm.state'): model.run_with_cache(ids, 'blocks.0.ssm.stat')
-    with pytest.raises(SiteError, match='is not there'): model.run(ids, edit=zero('blocks.0.attn.q'))
+def test_errors_say_what_was_got_and_expected(mamba, ids):
+    with pytest.raises(SiteError, match=r'expected one of blocks 0-1'): mamba.run_with_cache(ids, 'blocks.7.ssm.y')
+    with pytest.raises(SiteError, match='nearest: .*ssm.state'): mamba.run_with_cache(ids, 'blocks.0.ssm.stat')
+    with pytest.raises(SiteError, match='is not there'): mamba.run(ids, edit=zero('blocks.0.attn.q'))
     with pytest.raises(ValueError, match='got position 40 .* expected -21 to 20'):
-        model.run(ids, edit=zero('ssm.y', at=40))
-    with pytest.raises(ValueError, match='has none'): model.run(ids, edit=zero('resid_post', heads=1))
-    with pytest.raises(ValueError, match='expected 0 to'): model.run_with_cache(ids, 'ssm.y', heads=999)
-    with pytest.raises(ValueError, match='empty prompt'): model.run('')
-    with pytest.raises(ValueError, match='token ids'): model.run([5, 9999])
-    with pytest.raises(ValueError, match='backend'): model.run(ids, backend='jax')
+        mamba.run(ids, edit=zero('ssm.y', at=40))
+    with pytest.raises(ValueError, match='has no heads'): mamba.run(ids, edit=zero('resid_post', heads=1))
+    with pytest.raises(ValueError, match='expected 0 to'): mamba.run_with_cache(ids, 'ssm.y', heads=999)
+    with pytest.raises(ValueError, match='empty prompt'): mamba.run('')
+    with pytest.raises(ValueError, match='token ids'): mamba.run([5, 9999])
+    with pytest.raises(ValueError, match='backend'): mamba.run(ids, backend='jax')
     with pytest.raises(ValueError, match='cannot be listened to'):
-        model.run_with_cache(ids, 'ssm.state', backend='transformers')
-    with pytest.raises(ValueError, match='finite'): model.run(ids, edit=float('nan')*zero('ssm.y'))
-    with pytest.raises(ValueError, match='backend'): model.generate(ids, 2, backend='jax')
+        mamba.run_with_cache(ids, 'ssm.state', backend='transformers')
+    with pytest.raises(ValueError, match='finite'): mamba.run(ids, edit=float('nan')*zero('ssm.y'))
+    with pytest.raises(ValueError, match='backend'): mamba.generate(ids, 2, backend='jax')
     for heads in (-1, []):
-        with pytest.raises(ValueError, match='expected'): model.run(ids, edit=zero('ssm.y', heads=heads))
-        with pytest.raises(ValueError, match='expected 0 to'): model.run_with_cache(ids, 'ssm.y', heads=heads)
+        with pytest.raises(ValueError, match='expected'): mamba.run(ids, edit=zero('ssm.y', heads=heads))
+        with pytest.raises(ValueError, match='expected 0 to'): mamba.run_with_cache(ids, 'ssm.y', heads=heads)
     unread = zero('ssm.y', at=22)                                             # of the last token, which is never read
-    with pytest.raises(ValueError, match='got position 22'): model.generate(ids, 2, edit=unread)
-    with pytest.raises(ValueError, match='empty prompt'): model.run([])
-    with pytest.raises(TypeError, match='expected Edit'): model.run(ids, edit=['ssm.y'])
-    assert clean(model)
+    with pytest.raises(ValueError, match='got position 22'): mamba.generate(ids, 2, edit=unread)
+    with pytest.raises(ValueError, match='empty prompt'): mamba.run([])
+    with pytest.raises(TypeError, match='expected Edit'): mamba.run(ids, edit=['ssm.y'])
+    assert clean(mamba)
 
 
-def test_what_does_not_fit_is_refused_before_it_runs(model):
+def test_what_does_not_fit_is_refused_before_it_runs(mamba):
     endless = torch.zeros(1, 1, dtype=torch.long).expand(1, 2**27)
-    with pytest.raises(ValueError, match=r'GiB .* free'): model.run(endless)
-    share, model.share = model.share, 1e-9
+    with pytest.raises(ValueError, match=r'GiB .* free'): mamba.run(endless)
+    share, mamba.share = mamba.share, 1e-9
     try:
-        with pytest.raises(ValueError, match=r'ways out: at='): model.run_with_cache([1, 2, 3], 'ssm.state')
-        model.run([1, 2, 3])
-    finally: model.share = share
+        with pytest.raises(ValueError, match=r'ways out: at='): mamba.run_with_cache([1, 2, 3], 'ssm.state')
+        mamba.run([1, 2, 3])
+    finally: mamba.share = share
 
 
 def test_families_are_what_the_design_names():

@@ -10,28 +10,24 @@ from types import MappingProxyType
 
 from transformers import MambaConfig
 
-from ..seam import conv, conv_update, mamba1_scan, mamba1_state_update
-from ..site import Adapter, register
+from ..seam import MAMBA1
+from ..site import Adapter, Point, block_points, mamba1_sizes, register
 
 # %% ../../nbs/11_mamba1.ipynb #small
-def small(vocab_size: int) -> MambaConfig:
+def small(vocab_size: int, **changes) -> MambaConfig:
     "Two blocks of 64 channels with 4 state columns."
-    return MambaConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, expand=2, state_size=4,
-                       conv_kernel=4, time_step_rank=4, bos_token_id=0, eos_token_id=0,
-                       pad_token_id=0, tie_word_embeddings=True)
+    return MambaConfig(**(dict(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, expand=2, state_size=4,
+        conv_kernel=4, time_step_rank=4, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True) |
+        changes))
 
 def sizes(config: MambaConfig) -> dict[str, int]:
     "The size of each axis."
-    inner = int(config.expand*config.hidden_size)
-    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size, d_inner=inner, d_conv=inner, d_in_proj=2*inner,
-                head=inner, d_head=1, d_state=config.state_size)
+    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size) | mamba1_sizes(int(config.expand*config.hidden_size), config.state_size)
 
 ADAPTER = register(Adapter(
     family='mamba1', model_types=('mamba',), module='transformers.models.mamba.modeling_mamba', small=small,
-    sizes=sizes,
-    functions=MappingProxyType({
-        'mamba_selective_scan': mamba1_scan, 'mamba_selective_state_update': mamba1_state_update,
-        'causal_conv1d_fn': conv, 'causal_conv1d_update': conv_update}),
+    sizes=sizes, functions=MAMBA1, points=lambda config, i: block_points('norm', ssm='mixer'),
+    layers='backbone.layers', ends=lambda config: {'embed': Point('backbone.embeddings'), 'logits': Point('lm_head')},
     axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.decay', 'ssm.write', 'ssm.state'),
     note='in_proj holds x, z; heads are channels (d_head 1); decay is exp(dt A), one number a state column; '
          'y includes the skip D x'))

@@ -1,0 +1,155 @@
+"""Conformance: what every family has to do, on random checkpoints of several shapes, against transformers' own code."""
+import numpy as np
+import pytest
+import torch
+from checkpoints import SHAPES, in_float64, random_model
+from exact import float64
+
+from circuitbench.edit import add, apply
+from circuitbench.hook import HookedModel
+from circuitbench.site import BLOCK_SITES, PER_STEP, families, short
+
+CASES = [(family, shape) for family in SHAPES for shape in range(len(SHAPES[family]))]
+
+
+def top(x): return float(x.detach().abs().max())
+def rms(x): return float(x.detach().double().pow(2).mean().sqrt())
+def tokens(batch, length, seed=0): return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+def of(model, site): return [n for n in model._names if short(n) == site]
+
+
+@pytest.fixture(scope='module', params=CASES, ids=lambda c: f'{c[0]}-{c[1]}')
+def model(request):
+    return HookedModel(random_model(*request.param))
+
+
+def test_every_family_is_here(): assert set(SHAPES) == set(families()) and all(len(s) >= 3 for s in SHAPES.values())
+
+
+def test_logits_equal_the_reference(model):
+    ids = tokens(2, 64)
+    theirs = model.hf(ids, use_cache=False).logits
+    for ours in (model.run(ids).logits, model.run_with_cache(ids, '*')[0].logits):
+        assert top(ours - theirs) <= 1e-5*top(theirs)
+    assert torch.equal(model.run(ids, backend='transformers').logits, theirs)
+
+
+def test_bf16(model):
+    ids = tokens(2, 64)
+    other = HookedModel(in_float64(model.hf).to(torch.bfloat16))
+    theirs = other.hf(ids, use_cache=False).logits
+    ours, cache = other.run_with_cache(ids, '*')
+    off = (ours.logits - theirs).float().norm(dim=-1)/theirs.float().norm(dim=-1)
+    assert off.median() <= 2e-2                               # of a token: a tie between experts may fall either way
+    assert all(v.dtype in (torch.bfloat16, torch.float32) for v in cache.values())
+
+
+def test_gradients_equal_the_reference(model):
+    ids = tokens(2, 21)
+    leaf = []
+    def cut(m, args, out): return leaf.append(out.detach().requires_grad_()) or leaf[0]
+    with model.hf.get_input_embeddings().register_forward_hook(cut): theirs = model.hf(ids, use_cache=False).logits
+    want = torch.autograd.grad(theirs[0, -1, 3], leaf[0])[0]
+    for names in ('embed', '*'):
+        out, cache = model.run_with_cache(ids, names, grad=True)
+        got = cache.grad(out.logits[0, -1, 3])['embed']*model.ends['embed'].scale
+        assert top(got - want) <= 1e-4*top(want), names
+
+
+def test_cached_generation_equals_the_whole(model):
+    ids = tokens(2, 9)
+    names = [n for n in model._names if n != 'logits']
+    made = model.generate(ids, 65, names=names, eos_token_id=None)
+    out, cache = model.run_with_cache(made.tokens[:, :-1], '*')
+    assert made.tokens.shape == (2, 74) and torch.equal(out.logits[:, 8:].argmax(-1), made.tokens[:, 9:])
+    for n in names:
+        assert made.cache.positions(n) == list(range(73)), n
+        assert top(made.cache[n] - cache[n]) <= 1e-4*max(1, top(cache[n])), n
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_padding_does_not_matter(model, side):
+    rows, n = [tokens(1, k, seed=k)[0].tolist() for k in (5, 14)], 14
+    pad = lambda r, fill: [fill]*(n - len(r)) + r if side == 'left' else r + [fill]*(n - len(r))
+    ids, mask = torch.tensor([pad(r, 0) for r in rows]), torch.tensor([pad([1]*len(r), 0) for r in rows])
+    names = [n for n in model.site_names() if short(n) != 'attn.pattern']
+    out, cache = model.run_with_cache(ids, names, mask=mask)
+    for i, r in enumerate(rows):
+        alone, own = model.run_with_cache([r], names)
+        here = mask[i].bool()
+        assert top(out.logits[i][here] - alone.logits[0]) <= 1e-5*top(alone.logits)
+        for n_ in own: assert top(cache[n_][i][here] - own[n_][0]) <= 2e-5*max(1, top(own[n_])), n_
+
+
+def test_each_site_passes_once_with_its_shape(model):
+    ids, seen = tokens(2, 21), {}
+    for n in model._names:
+        def note(x, n=n):
+            seen.setdefault(n, []).append(tuple(x.shape))
+            return x.clone()
+        model.run(ids, edit=apply(n, note))
+    for n in model._names:
+        want = model.site_shape(n, 2, 21)
+        assert seen[n] == ([(2, 1, *want[2:])]*21 if short(n) in PER_STEP else [want]), n
+
+
+def test_a_state_edit_reaches_the_present_and_what_follows(model):
+    ids, t = tokens(2, 21), 8
+    for name in of(model, 'ssm.state'):
+        i = name.split('.')[1]
+        cut = add(name, torch.zeros(()), at=t)                                  # the scan is cut at the same step in both runs
+        want, before = model.run_with_cache(ids, f'blocks.{i}.ssm.y', edit=cut)
+        got, after = model.run_with_cache(ids, f'blocks.{i}.ssm.y', edit=add(name, torch.ones(()), at=t))
+        dy = (after[f'blocks.{i}.ssm.y'] - before[f'blocks.{i}.ssm.y']).abs().amax((0, 2, 3))
+        d = (got.logits - want.logits).abs().amax((0, 2))
+        assert top(dy[:t]) == 0 and dy[t] > 1e-3 and top(d[:t]) <= 1e-6*top(want.logits) and top(d[t:]) > 1e-4, name
+
+
+def test_sites_fit_together(model):
+    "The equations between the sites of a block, in float64 numpy."
+    ids = tokens(2, 21)
+    out, cache = model.run_with_cache(ids, '*')
+    sites = {n: v.double().numpy() for n, v in cache.items()}
+    close = lambda a, b, what: np.testing.assert_allclose(a, b, rtol=0, atol=3e-6*max(1, np.abs(b).max()), err_msg=what)
+    assert torch.equal(cache['logits'], out.logits) or top(cache['logits'] - out.logits) < 1e-5
+    checked = set()
+    for i in range(model.n_layers):
+        s = {short(n): v for n, v in sites.items() if n.startswith(f'blocks.{i}.')}
+        if i: close(s['resid_pre'], sites[f'blocks.{i - 1}.resid_post'], 'the residual stream goes on')
+        else: close(s['resid_pre'], sites['embed'], 'the residual stream begins')
+        if {'ssm.out', 'attn.out'} <= set(s) and not model.adapter.beside: close(s['mixer_out'], s['ssm.out'] + s['attn.out'], 'two branches')
+        elif 'mixer_out' in s: close(s['mixer_out'], s['ssm.out' if 'ssm.out' in s else 'attn.out'], 'one branch')
+        after = s['resid_mid'] if 'resid_mid' in s else s['resid_post']
+        if 'mixer_out' in s: close(after, s['resid_pre'] + s['mixer_out'], 'the mixer adds')
+        if 'resid_mid' in s: close(s['resid_post'], s['resid_mid'] + s['mlp_out'], 'the MLP adds')
+        elif 'mixer_out' not in s: close(s['resid_post'], s['resid_pre'] + s['mlp_out'], 'an MLP alone')
+        if 'attn.pattern' in s:
+            heads = s['attn.z'].shape[2]//s['attn.v'].shape[2]
+            z = np.einsum('bqhk,bkhd->bqhd', s['attn.pattern'], s['attn.v'].repeat(heads, 2))
+            if 'attn.gate' not in model.adapter.note: close(s['attn.z'], z, 'z = pattern v')
+            assert np.abs(np.triu(s['attn.pattern'].swapaxes(1, 2), 1)).max() == 0
+        if 'ssm.state' in s and 'ssm.dt' in s:
+            dt, x, B, C, decay = (s[f'ssm.{n}'] for n in ('dt', 'x', 'B', 'C', 'decay'))
+            write = np.einsum('blhp,blhn->blhpn', dt[..., None]*x, B)
+            decay = decay[..., None, None] if decay.ndim == 3 else decay[:, :, :, None]
+            S = np.zeros_like(write[:, 0])
+            for t in range(write.shape[1]):
+                S = decay[:, t]*S + write[:, t]
+                close(s['ssm.state'][:, t], S, 'h = a h + dt x B')
+            mixer = model.blocks[i].get_submodule(model.points[i]['ssm'].module)
+            D = mixer.D.double().numpy()
+            close(s['ssm.write'], write, 'dt x B')
+            close(s['ssm.y'], np.einsum('blhpn,blhn->blhp', s['ssm.state'], C) + D[:, None]*x, 'y = h C + D x')
+            if s['ssm.y'].shape[3] == 1: close(s['ssm.out_proj_in'], (s['ssm.y']*s['ssm.gate'])[..., 0], 'gated')
+        checked |= set(s)
+    assert checked >= {short(n) for n in model._names} - {'embed', 'logits'} and checked <= set(BLOCK_SITES)
+
+
+@pytest.mark.slow
+def test_long_prompts_are_as_exact_as_the_reference(model):
+    ids = tokens(1, 1024)
+    twin = in_float64(model.hf)
+    with float64(twin), torch.no_grad(): truth = twin(ids, use_cache=False).logits
+    theirs, ours = model.hf(ids, use_cache=False).logits, model.run(ids).logits
+    print(f'{model.adapter.family}: ours {rms(ours - truth):.1e}, transformers {rms(theirs - truth):.1e}')
+    assert rms(ours - truth) <= 1.1*rms(theirs - truth)
