@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .chart import heatmap
 from .draw import esc, token_strip
-from .edit import Edit, check_at, live, positions
+from .edit import Edit, Meta, Rows, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read, Tap
 from .seam import swapped
 from .site import (
@@ -52,13 +52,22 @@ class HookedModel:
         self._names = ['embed', *inner, 'logits']
         self.sizes = self.adapter.sizes(self.config)
         self.hook_point = short(self.site_names(hook_point or self.adapter.hook_point)[0])
+        self.meta = self.adapter.meta(self.config)                       # rows that the model puts before the prompt
         uses = Counter(id(m) for block in self.blocks for m in block.modules())
         self._shared = {m for m, n in uses.items() if n > 1}             # one module at several depths
 
+    @classmethod
+    def from_module(cls, hf: nn.Module, tokenizer=None, **options) -> 'HookedModel':
+        """Opens a transformers model that is already in memory, fine-tuned or quantised; its weights stay as they are.
+
+        The model is put into eval mode and its parameters no longer record gradients.
+        """
+        return cls(hf, tokenizer, **options)
+
     @property
-    def device(self) -> torch.device: return next(self.hf.parameters()).device
+    def device(self) -> torch.device: return self.hf.device
     @property
-    def dtype(self) -> torch.dtype: return next(self.hf.parameters()).dtype
+    def dtype(self) -> torch.dtype: return self.hf.dtype
     @property
     def ends(self) -> dict[str, Point]: return self.adapter.ends(self.config)
     @property
@@ -75,13 +84,13 @@ class HookedModel:
 
     def site_shape(self, name: str, batch: int, pos: int) -> tuple[int, ...]:
         "Shape of a site for a batch of prompts of a length."
-        size = {**self.sizes, 'batch': batch, 'pos': pos, 'key': pos}
+        size = {**self.sizes, 'batch': batch, 'pos': pos, 'key': self.meta + pos}
         if name not in MODEL_SITES: size |= self.adapter.block_sizes(self.config, int(name.split('.')[1]))
         return tuple(size[a] for a in self._site(name).axes)
 
     def heads(self, name: str) -> int:
         "How many heads a site has (name or block site); 0 without a head axis."
-        return self.sizes.get(self._site(name).head_axis, 0)
+        return self.sizes.get(self.adapter.site(name if name in BLOCK_SITES else short(name)).head_axis, 0)
 
     def sites(self) -> SiteTable:
         "Every site with its blocks, axes, sizes and meaning; prints as a table."
@@ -187,7 +196,7 @@ class HookedModel:
         ear = self._listener(names, edit, at, heads, None, ids.shape, length, False)
         self._check_memory(ear.reads, len(ids), length, False, n)
         fill, rng = self.hf.config.pad_token_id or 0, torch.random.fork_rng(enabled=seed is not None)
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill) | kwargs
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill, use_cache=True) | kwargs
         with torch.no_grad(), rng, self._listening(ear, backend, mask, cached=True):
             if seed is not None: torch.manual_seed(seed)
             out = self.hf.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
@@ -202,25 +211,34 @@ class HookedModel:
     # -- how a run listens ---------------------------------------------------------------
     def _listener(self, names, edit, at, heads, dtype, shape, length, grad) -> Listener:
         "Checks what is asked for against the model and the prompt."
-        at, edits = check_at(at), {}
+        at, edits = self._rows(check_at(at)), {}
         if heads is not None: heads = (heads,) if isinstance(heads, int) else tuple(heads)
-        for e in live(edit):
+        for e in (e.at(self._rows(e.pos)) for e in live(edit)):
             for n in self.site_names(e.site):
                 if e.head is not None and max(e.head) >= self.heads(n):
-                    raise ValueError(f'got {e!r}, but {n} has {self.heads(n) or "no"} heads; model.sites() lists the axes')
+                    have = self.heads(n) or 'no'
+                    raise ValueError(f'got {e!r}, but {n} has {have} heads; model.sites() lists the axes')
                 edits.setdefault(n, []).append(e)
+                if isinstance(e.pos, Rows) and n in MODEL_SITES:
+                    raise ValueError(f'got {e!r}: meta tokens have no {n}; expected a site of a block')
             self._check_positions(e.pos, shape[1], length, e)
         self._check_positions(at, shape[1], length, 'at=')
         most = min(filter(None, map(self.heads, names)), default=self.sizes.get('head', 0))
         if heads is not None and (not heads or any(not 0 <= h < most for h in heads)):
             raise ValueError(f"got heads={heads}, expected 0 to {most - 1}")
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
-        return Listener(reads, edits, shape[1], grad)
+        return Listener(reads, edits, shape[1], grad, self.meta)
+
+    def _rows(self, at):
+        "`meta(...)` as rows before the prompt; ValueError where the model has none, or fewer."
+        if not isinstance(at, Meta): return at
+        self._check_positions(at.at, self.meta, self.meta, f'meta(...) of {self.meta} meta tokens')
+        return Rows(p - self.meta for p in positions(at.at, 0, self.meta, self.meta)[0])
 
     def _site(self, name: str): return self.adapter.site(short(name))
 
     def _check_positions(self, at, prompt: int, length: int, what):
-        for p in (at,) if isinstance(at, int) else at if isinstance(at, tuple) else ():
+        for p in (at,) if isinstance(at, int) else at if isinstance(at, tuple) and not isinstance(at, Rows) else ():
             if not -prompt <= p < length:
                 raise ValueError(f'got position {p} in {what}, expected {-prompt} to {length - 1} '
                                  f'for a prompt of {prompt} tokens')
@@ -241,7 +259,7 @@ class HookedModel:
 
     def _bytes(self, name: str, read: Read, batch: int, pos: int, prompt: int) -> float:
         "The memory that a read takes."
-        shape = self.site_shape(name, batch, len(positions(read.at, 0, pos, prompt)[0]))
+        shape = self.site_shape(name, batch, len(positions(read.at, -self.meta, pos, prompt)[0]))
         cells = torch.Size(shape).numel()*(1 if read.heads is None else len(read.heads)/shape[2])
         if name.endswith(('ssm.B', 'ssm.C')): cells /= shape[2]           # views, shared by the heads
         return cells*(read.dtype or (torch.float32 if short(name) in PER_STEP else self.dtype)).itemsize
@@ -293,8 +311,8 @@ class HookedModel:
         limit = getattr(mixer, 'time_step_limit', None) or _NO_LIMIT
         def _before(m, args, kwargs):
             cache = next((kwargs[k] for k in _CACHES if kwargs.get(k) is not None), None)
-            now.block, now.tap, now.length, now.limit = i, tap, ear.length, limit
-            now.state = None if mixer is None or cache is None else cache.get_recurrent_state(i, state_idx=0)
+            now.block, now.tap, now.length, now.limit = i, tap, ear.rows, limit
+            now.state = None if mixer is None or cache is None else cache.layers[i].recurrent_states[0]
         def _after(m, args, out): now.tap = now.state = None
         hook(self.blocks[i].register_forward_pre_hook(_before, with_kwargs=True))
         hook(self.blocks[i].register_forward_hook(_after, always_call=True))
@@ -307,7 +325,7 @@ class HookedModel:
         if site == 'ssm.gate' and self.adapter.gate:
             d = (self.sizes['head'], self.sizes['d_head'])
             def _hear(gate):
-                shown = gate.reshape(-1, ear.length, *d)
+                shown = gate.reshape(-1, ear.rows, *d)
                 new = ear(name, shown)
                 return gate if new is shown else new.reshape(gate.shape)
             self.adapter.gate(block.get_submodule(points['ssm'].module), _hear, hook)
@@ -322,11 +340,10 @@ class HookedModel:
             if elsewhere(): return x
             v = x if point.scale == 1 else x*point.scale
             if other: v = v + other.pop()
-            split = axes == 4 and v.dim() == 3
-            shown = v.unflatten(-1, last) if split else v
+            shown = v.reshape(len(v), -1, *last) if v.dim() < axes else v      # heads joined, or one step without pos
             new = ear(name, shown)
             if new is shown: return x
-            if split: new = new.flatten(-2)
+            new = new.reshape(v.shape)
             if point.rejoin: change.append(new - v)
             return new if v is x else x + (new - v)/point.scale
         if point.plus:

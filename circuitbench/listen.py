@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .edit import Edit, edited, positions
+from .edit import Edit, Rows, edited, positions
 from .site import PER_STEP, SiteError, resolve, short
 
 # %% ../nbs/09_listen.ipynb #Read
@@ -34,14 +34,20 @@ class Listener:
         edits: Mapping[str, list[Edit]],  # full site name -> edits in order
         prompt: int = 0,  # length of the prompt
         path: bool = False,  # keep the tensors on the way to the logits, for gradients
+        meta: int = 0,  # rows that the model puts before the prompt: positions -meta to -1
     ):
-        self.reads, self.edits, self.prompt, self.path = reads, edits, prompt, path
+        self.reads, self.edits, self.prompt, self.path, self.meta = reads, edits, prompt, path, meta
         self.lo = self.length = 0                            # where the present forward call begins, and how long it is
         self.parts, self.paths, self.pos = {}, {}, {}
 
     def forward(self, length: int):
         "The model is called on the next `length` positions."
         self.lo, self.length = self.lo + self.length, length
+
+    @property
+    def rows(self) -> int:
+        "How many rows the present call has within the blocks."
+        return self.length + (self.meta if self.lo == 0 else 0)
 
     def wants(self, name: str) -> bool: return name in self.reads or name in self.edits
 
@@ -56,7 +62,7 @@ class Listener:
                 if self.path:
                     x = x.view_as(x)                         # a tensor of its own on the way to the logits
                     self.paths.setdefault(name, []).append((x, pick))
-                self.pos.setdefault(name, []).extend(pos)
+                self.pos.setdefault(name, []).extend(p + self.meta if isinstance(read.at, Rows) else p for p in pos)
                 self._keep(name, pick(x), read)
         return x
 
@@ -72,7 +78,8 @@ class Listener:
             parts.append(x)
             return
         if not parts or parts[-1].filled == parts[-1].rows.shape[1]:
-            n = len(positions(read.at, self.lo, self.lo + self.length, self.prompt)[0])
+            hi = self.lo + self.length
+            n = len(positions(read.at, hi - self.rows, hi, self.prompt)[0])
             parts.append(SimpleNamespace(rows=x.new_empty(x.shape[0], n, *x.shape[2:]), filled=0))
         parts[-1].rows[:, parts[-1].filled] = x[:, 0]
         parts[-1].filled += 1
@@ -98,21 +105,24 @@ def _picker(rows: list[int], read: Read, x: Tensor) -> Callable:
 
 class Tap:
     "What `seam` calls within one block."
-    def __init__(self, listener: Listener, block: int): self.listener, self.prefix = listener, f'blocks.{block}.'
+    def __init__(self, listener: Listener, block: int):
+        self.listener, self.prefix, self.first = listener, f'blocks.{block}.', 0
     def wants(self, site): return self.listener.wants(self.prefix + site)
     def __call__(self, site, x): return self.listener(self.prefix + site, x) if self.wants(site) else x
 
     def at(self, site, x, t):
         "The same for one step t of this call: x has no pos axis."
-        return self.listener(self.prefix + site, x[:, None], self.listener.lo + t)[:, 0] if self.wants(site) else x
+        return self.listener(self.prefix + site, x[:, None], self.first + t)[:, 0] if self.wants(site) else x
 
     def stops(self, length):
         "Steps of this call where the state or the write is wanted, or the decay is edited."
         ear, stops = self.listener, set()
+        hi = ear.lo + ear.length
+        self.first = hi - length                             # the position of the scan's first step
         wanted = [ear.reads[self.prefix + s].at for s in PER_STEP if self.prefix + s in ear.reads]
         wanted += [e.pos for s in (*PER_STEP, 'ssm.decay') for e in ear.edits.get(self.prefix + s, ())]
-        for at in wanted: stops.update(positions(at, ear.lo, ear.lo + length, ear.prompt)[0])
-        return sorted(p - ear.lo for p in stops)
+        for at in wanted: stops.update(positions(at, self.first, hi, ear.prompt)[0])
+        return sorted(p - self.first for p in stops)
 
 # %% ../nbs/09_listen.ipynb #Cache
 class Cache(Mapping):

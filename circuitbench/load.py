@@ -6,19 +6,29 @@
 __all__ = ['TINY', 'byte_tokenizer', 'load_model', 'tiny_path']
 
 # %% ../nbs/31_load.ipynb #ea30cb6f
+from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
+from pkgutil import iter_modules
 
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel,
+    PreTrainedTokenizerFast)
+from transformers.utils import cached_file
 
 from .hook import HookedModel
-from .models import (  # noqa: F401, each registers its adapter
-    bamba, falcon_h1, falcon_mamba, granite_hybrid, jamba, llama, mamba1, mamba2, nemotron_h, zamba2)
+from .layout import from_mamba_ssm, from_pth, is_mamba_ssm, read_archive
+from .models import __path__ as _ADAPTERS
 from .site import adapter_for, families
+from .world import FILE as WORLD
+from .world import world_tokenizer
 
+for _m in iter_modules(_ADAPTERS): import_module(f'circuitbench.models.{_m.name}')        # each registers its adapter
 TINY = Path(__file__).parent/'tiny' if '__file__' in globals() else Path('../circuitbench/tiny')
 
 # %% ../nbs/31_load.ipynb #byte-tokenizer
@@ -40,59 +50,109 @@ def _mock(name: str, seed: int = 0):
         torch.manual_seed(seed)
         hf = AutoModelForCausalLM.from_config(families()[family].small(len(tok)))
         for n, p in hf.named_parameters():
-            if p.dim() > 1 and not n.endswith('A_log'): torch.nn.init.normal_(p, std=.2)
+            if p.dim() > 1 and 'A_log' not in n:
+                torch.nn.init.normal_(p, std=1. if 'embed' in n else .5 if 'conv' in n else p.shape[-1]**-.5)
     return hf, tok
 
-def _saved(name: str, where: str | Path, revision: str | None, dtype: torch.dtype):
-    "A saved model and its tokenizer through transformers; ValueError for what is missing, damaged or unknown."
-    try: config, _ = PretrainedConfig.get_config_dict(str(where), revision=revision)
+def _saved(name: str, where: str | Path, revision: str | None, **options) -> tuple[PreTrainedModel, object]:
+    "A saved model and its tokenizer, None where there is none; ValueError for what is missing, damaged or unknown."
+    if str(where).endswith('.pth'):
+        path = _pth(name, str(where), revision)
+        kept = options['dtype'] == 'auto'
+        return from_pth(path, None if kept else options['dtype']), _tokenizer(path.parent, None)
+    config = _config(name, where, revision)
+    if is_mamba_ssm(config):
+        file = cached_file(str(where), 'pytorch_model.bin', revision=revision)
+        config, tensors = from_mamba_ssm(config, read_archive(file))
+        hf = _weights(name, None, config=config, state_dict=tensors, **options)
+        return hf, _tokenizer(where, revision) or (None if Path(where).is_dir() else _tokenizer(_NEOX, None))
+    kind = config.get('text_config', config).get('model_type')
+    if kind is None:
+        raise ValueError(f'got {name!r}, whose config.json names no model_type; expected a folder in the layout of '
+                         'transformers or of mamba_ssm')
+    adapter_for(kind)
+    return _weights(name, str(where), revision=revision, **options), _tokenizer(where, revision)
+
+_NEOX = 'EleutherAI/gpt-neox-20b'                             # whose tokenizer the models of state-spaces/ take
+
+def _pth(name: str, where: str, revision: str | None) -> Path:
+    "A local .pth, or OWNER/REPOSITORY/FILE.pth of the Hub."
+    if Path(where).is_file(): return Path(where)
+    owner, _, rest = where.partition('/')
+    repository, _, file = rest.partition('/')
+    try: return Path(hf_hub_download(f'{owner}/{repository}', file, revision=revision))
+    except (OSError, ValueError) as err:
+        raise ValueError(f'got {name!r}, which is no file and could not be had from the Hub '
+                         f'({str(err).splitlines()[0]}); expected PATH.pth or OWNER/REPOSITORY/FILE.pth') from err
+
+def _config(name: str, where: str | Path, revision: str | None) -> dict:
+    "The config.json of a folder or a Hub repository."
+    try: return PretrainedConfig.get_config_dict(str(where), revision=revision)[0]
     except OSError as err:
         local = (Path(where)/'config.json').exists()
         what = ('whose config.json cannot be read' if local else
                 'which is no folder with a config.json and could not be had from the Hub')
         raise ValueError(f'got {name!r}, {what} ({str(err).splitlines()[0]}); expected {_CHOICES}') from err
-    if 'model_type' not in config:
-        raise ValueError(f'got {name!r}, whose config.json names no model_type; '
-                         'expected a folder in the transformers layout')
-    adapter_for(config['model_type'])
-    options = dict(revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-    try: hf, info = AutoModelForCausalLM.from_pretrained(str(where), **options)
-    except (SafetensorError, StrictDataclassError, OSError, RuntimeError, ValueError) as err:
+
+def _weights(name: str, where: str | None, **options) -> PreTrainedModel:
+    "A model with all its weights; ValueError that names every tensor that is missing, not expected or misshapen."
+    if where is None: make = MODEL_FOR_CAUSAL_LM_MAPPING[type(options['config'])].from_pretrained
+    else: make, options = AutoModelForCausalLM.from_pretrained, options | {'trust_remote_code': False}
+    try: hf, info = make(where, **options, output_loading_info=True, ignore_mismatched_sizes=True)
+    except _UNREADABLE as err:
         why = f'{type(err).__name__}: {" ".join(str(err).split())[:200]}'
         raise ValueError(f'got {name!r}, which cannot be read ({why}); '
                          'expected undamaged safetensors that fit the config.json') from err
-    if bad := sorted(map(str, info['missing_keys'])) or sorted(map(str, info.get('mismatched_keys', ()))):
-        raise ValueError(f'got {name!r}, whose weights lack or misshape {len(bad)} tensors '
-                         f"({', '.join(bad[:3])}); expected those of its config.json")
-    try: tok = AutoTokenizer.from_pretrained(str(where), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError): return hf, None                # a model without a tokenizer runs on token ids
-    # where there are no tokenizer files, transformers makes an empty one
-    return hf, tok if len(tok) > len(tok.all_special_tokens) else None
+    misshapen = [f'{n} {tuple(got)} for {tuple(want)}' for n, got, want in info['mismatched_keys']]
+    wrong = {'missing': info['missing_keys'], 'not expected': info['unexpected_keys'], 'misshapen': misshapen}
+    if any(wrong.values()):
+        listed = '; '.join(f'{what}: {", ".join(sorted(map(str, n)))}' for what, n in wrong.items() if n)
+        raise ValueError(f'got {name!r}, whose weights are not those of its config.json ({listed}); '
+                         'expected the tensors that it describes')
+    return hf
 
-_CHOICES = 'tiny://NAME, mock://FAMILY-tiny, a local folder or a Hugging Face id; `circuitbench models` lists them'
+_UNREADABLE = (SafetensorError, StrictDataclassError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError)
+
+def _tokenizer(where: str | Path, revision: str | None):
+    "The tokenizer of a folder or repository; None where there is none: the model then takes token ids."
+    if (Path(where)/WORLD).is_file(): return world_tokenizer(where)
+    try: tok = AutoTokenizer.from_pretrained(str(where), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        try: return world_tokenizer(cached_file(str(where), WORLD, revision=revision))
+        except (OSError, ValueError, TypeError): return None
+    return tok if len(tok) > len(tok.all_special_tokens) else None   # without files, transformers makes an empty one
+
+_CHOICES = ('tiny://NAME, mock://FAMILY-tiny, a local folder, a .pth of RWKV-7 or a Hugging Face id; '
+            '`circuitbench models` lists them')
 
 def load_model(
-    name: str,  # tiny://NAME, mock://FAMILY-tiny, a folder, or a Hugging Face id
-    hook_point: str | None = None,  # default site of train_sae, extract_circuit and steer; None is out_proj_in
-    device: str | torch.device | None = None,  # None: a GPU if there is one
-    dtype: torch.dtype | None = None,  # of the weights; None: float32
+    name: str,  # tiny://NAME, mock://FAMILY-tiny, a folder, a .pth, or a Hugging Face id
+    hook_point: str | None = None,  # default site of train_sae, extract_circuit and steer; None: the family's
+    device: str | torch.device | None = None,  # None or 'auto': a GPU if there is one
+    dtype: torch.dtype | str | None = None,  # of the weights, or 'auto' as they are stored; None: float32
     revision: str | None = None,  # of a Hub repository
+    device_map: str | dict | None = None,  # 'auto' spreads the blocks over the GPUs by accelerate; instead of device
 ) -> HookedModel:
     """Loads a model with every site open.
 
-    Raises ValueError for an unknown name, family or model type and for damaged or missing weights, SiteError for an
-    unknown `hook_point`. Runs no code from a model folder; weights are safetensors, or a `.bin` read with
-    `weights_only=True`.
+    Reads the layouts of transformers, of mamba_ssm (`state-spaces/...`) and of RWKV-7's `.pth`. The recurrence runs in
+    float32 at least, whatever the dtype of the weights. Raises ValueError for an unknown name, family or model type and
+    for damaged, missing or superfluous weights, SiteError for an unknown `hook_point`. Runs no code from a model
+    folder; weights are safetensors, or an archive read with `weights_only=True`.
     """
+    if device is not None and device_map is not None:
+        raise ValueError(f'got device={device!r} and device_map={device_map!r}, expected one of them')
     scheme, _, rest = name.partition('://')
-    dtype = dtype or torch.float32
-    if not rest: hf, tok = _saved(name, name, revision, dtype)
+    options = dict(dtype=torch.float32 if dtype is None else dtype, device_map=device_map)
+    if not rest: hf, tok = _saved(name, name, revision, **options)
     elif scheme == 'mock': hf, tok = _mock(rest)
-    elif scheme == 'tiny':
-        hf, tok = _saved(name, tiny_path(name), None, dtype)
+    elif scheme == 'tiny': hf, tok = _saved(name, tiny_path(name), None, **options)
     else: raise ValueError(f'got {name!r}, expected {_CHOICES}')
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    return HookedModel(hf.to(device=device, dtype=dtype), tok, name, hook_point)
+    if scheme == 'mock' and dtype not in (None, 'auto'): hf = hf.to(dtype)
+    if device_map is None:
+        hf = hf.to('cuda' if device in (None, 'auto') and torch.cuda.is_available() else
+                   'cpu' if device in (None, 'auto') else device)
+    return HookedModel(hf, tok, name, hook_point)
 
 def tiny_path(
     name: str,  # with or without `tiny://`

@@ -120,7 +120,6 @@ def _ssd_step(x, dt, log_a, B, C, D, S):
     keep = torch.exp(cum[:, -1]).to(xd.dtype)[..., None, None]
     return y, torch.addcmul(W.reshape(b, h, p, n), keep, S)
 
-
 # %% ../nbs/01_scan.ipynb #selective-chunk
 def selective_chunk(
     x: Tensor,  # (batch, pos, head, 1): Mamba-1's heads are channels
@@ -154,7 +153,7 @@ class _Selective(torch.autograd.Function):
         "The read-outs and the final state; keeps the state at the start of each block of q steps."
         y, starts, need = torch.empty_like(u), [], any(ctx.needs_input_grad)
         for i in range(0, u.shape[1], q):
-            if need: starts.append(S)
+            if need: starts.append(S if i else S.clone())              # the caller may write over the first
             H, _ = _selective_block(u[:, i:i + q], dt[:, i:i + q], A, B[:, i:i + q], S)
             y[:, i:i + q] = (C[:, i:i + q, None] @ H)[:, :, 0]
             S = H[:, -1].clone()

@@ -6,7 +6,7 @@
 __all__ = ['MODEL_SITES', 'BLOCK_SITES', 'PER_STEP', 'ALIASES', 'MODEL_POINTS', 'SCAN_SITES', 'DELTA_SITES', 'SIGNATURES', 'Site',
            'SiteTable', 'spans', 'SiteError', 'short', 'canonical', 'resolve', 'Point', 'block_points', 'attn_sizes',
            'mamba1_sizes', 'mamba2_sizes', 'delta_sizes', 'Adapter', 'has_module', 'register', 'families',
-           'adapter_for', 'check_transformers']
+           'adapter_for', 'check_transformers', 'family_table']
 
 # %% ../nbs/08_site.ipynb #4a5c6023
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +15,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from inspect import signature
 from types import MappingProxyType, ModuleType
+
+from .seam import home
 
 # %% ../nbs/08_site.ipynb #Site
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def block_points(
                    'mixer_out': Point(attn, scale=scale)} | {f'attn.{x}': Point(f'{attn}.{x}_proj') for x in 'qkv'}
     if mlp:
         points |= {'mlp_in': Point(mlp_norm) if mlp_norm else Point(mlp, 'in'), 'mlp_out': Point(mlp, scale=scale)}
-        if mixer: points['resid_mid'] = Point(mlp_norm, 'in', rejoin=True) if mlp_norm else Point(mlp, 'in', rejoin=True)
+        if mixer: points['resid_mid'] = Point(mlp_norm or mlp, 'in', rejoin=True)
     return points
 
 def attn_sizes(
@@ -184,8 +186,8 @@ def attn_sizes(
     "The sizes of the model's and the attention's axes."
     q = config.num_attention_heads
     d = getattr(config, 'head_dim', None) or config.hidden_size//q
-    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size, q_head=q, kv_head=config.num_key_value_heads or q,
-                d_qk=d, d_v=d)
+    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size, q_head=q,
+                kv_head=config.num_key_value_heads or q, d_qk=d, d_v=d)
 
 def mamba1_sizes(inner: int, d_state: int) -> dict[str, int]:
     "The sizes of the axes of a Mamba-1 recurrence: its heads are its channels."
@@ -238,6 +240,8 @@ class Adapter:
     "Sites as large as L copies of the memory: read only when named."
     gate: Callable | None = None
     "(module of the recurrence, hear, stack): opens a gate that acts in a module of its own, see `seam`."
+    meta: Callable = lambda config: 0
+    "config -> how many meta tokens the model puts before every prompt."
     beside: tuple[str, ...] = ()
     "Sites that elsewhere lead straight into the residual stream, and here do not."
     hook_point: str = 'ssm.out_proj_in'
@@ -271,8 +275,8 @@ def register(adapter: Adapter) -> Adapter:
     return adapter
 
 def families() -> dict[str, Adapter]:
-    "All registered adapters by family."
-    return dict(_REGISTRY)
+    "All registered adapters by family, in alphabetical order."
+    return dict(sorted(_REGISTRY.items()))
 
 def adapter_for(model_type: str) -> Adapter:
     "The adapter of a transformers model type; ValueError with the nearest, and the way to add one."
@@ -299,10 +303,28 @@ SIGNATURES = MappingProxyType({
 
 def check_transformers(adapter: Adapter, module: ModuleType, version: str) -> None:
     "ImportError with what is missing, if transformers' module lacks a function or argument that the adapter replaces."
-    missing = [name for name in adapter.functions if not hasattr(module, name)]
+    missing = [name for name in adapter.functions if not hasattr(*home(module, name))]
     missing += [f'{name}({arg})' for name in adapter.functions if name not in missing
                 for arg in SIGNATURES.get(name, '').split()
-                if arg not in signature(getattr(module, name)).parameters]
+                if arg not in signature(getattr(*home(module, name))).parameters]
     if missing:
-        raise ImportError(f'circuitbench needs transformers >=5.17,<6 for {adapter.family}; '
+        raise ImportError(f'circuitbench needs transformers >=5.23,<6 for {adapter.family}; '
                           f'transformers {version} lacks {", ".join(missing[:4])} in {module.__name__}')
+
+# %% ../nbs/08_site.ipynb #family-table
+def family_table() -> str:
+    "All registered families and their sites as an HTML table: full where every block has the site, half where some do."
+    rows = []
+    for name, a in families().items():
+        try: config = a.small(257)
+        except ImportError: continue                                       # transformers is too old for it
+        blocks = [a.block_sites(config, i) for i in range(config.num_hidden_layers)]
+        count = lambda site, blocks=blocks: sum(site in b for b in blocks)
+        cells = ''.join(f'<td title="{name}: {site}">{"●" if n == len(blocks) else "◐" if n else ""}</td>'
+                        for site in BLOCK_SITES for n in [count(site)])
+        rows.append(f'<tr><th>{name}</th>{cells}</tr>')
+    head = ''.join(f'<th class="site"><span>{s}</span></th>' for s in BLOCK_SITES)
+    style = ('<style>.families td {text-align:center; padding:0 .2em} .families th {text-align:left; '
+             'white-space:nowrap} .families th.site {vertical-align:bottom} '
+             '.families th.site span {writing-mode:vertical-rl; transform:rotate(180deg); font-weight:normal}</style>')
+    return f'{style}<table class="families"><tr><th>family</th>{head}</tr>{"".join(rows)}</table>'

@@ -45,7 +45,8 @@ def direction_of(
     if vector is None: name, vector = _latent(model, feature_id, sae, layer, site)
     else: name, vector = _full_name(model, site or model.hook_point, layer), torch.as_tensor(vector)
     shape = model.site_shape(name, 1, 1)[2:]
-    if short(name) == 'attn.pattern': raise ValueError(f'got site {name}, expected one of fixed width; see model.sites()')
+    if short(name) == 'attn.pattern':
+        raise ValueError(f'got site {name}, expected one of fixed width; see model.sites()')
     if vector.numel() != math.prod(shape):
         raise ValueError(f'got a direction of {vector.numel()} numbers, expected {math.prod(shape)} for {name} {shape}')
     norm = (vector := vector.detach().to(model.device).float()).norm()

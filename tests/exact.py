@@ -1,4 +1,4 @@
-"""transformers' own code in float64 throughout: what it would compute if it rounded nothing to float32."""
+"""A model's own code in float64 throughout: what it would compute if it rounded nothing to float32."""
 import sys
 from contextlib import contextmanager
 
@@ -13,9 +13,13 @@ class _Torch:
 
 @contextmanager
 def float64(hf):
-    "Within it, the model's file and `Tensor.float` know no float32; the model is to be in float64 itself."
-    module, single = sys.modules[type(hf).__module__], torch.Tensor.float
+    "Within it, the files of the model's modules and `Tensor.float` know no float32; the model is to be in float64 itself."
+    names, single = {type(m).__module__ for m in hf.modules() if '.models.' in type(m).__module__}, torch.Tensor.float
+    files = [m for n in names if getattr(m := sys.modules[n], 'torch', None) is torch]
     try:
-        module.torch, torch.Tensor.float = _Torch(), torch.Tensor.double
+        for m in files: m.torch = _Torch()
+        torch.Tensor.float = torch.Tensor.double
         yield
-    finally: module.torch, torch.Tensor.float = torch, single
+    finally:
+        for m in files: m.torch = torch
+        torch.Tensor.float = single

@@ -17,6 +17,12 @@ from circuitbench.site import SiteError
 PROMPT = [5, 9, 41, 7, 200, 9, 3]
 
 
+@pytest.fixture
+def model(mamba):
+    "What is checked here against hooks and equations of a Mamba block; `test_verbs` is for the other families."
+    return mamba
+
+
 def bare(model): return not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
 
 

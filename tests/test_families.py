@@ -5,16 +5,22 @@ import torch
 from checkpoints import SHAPES, in_float64, random_model
 from exact import float64
 
-from circuitbench.edit import add, apply
+from circuitbench.edit import add, apply, meta
 from circuitbench.hook import HookedModel
 from circuitbench.site import BLOCK_SITES, PER_STEP, families, short
 
+GATED_ATTENTION = 'qwen3-next', 'qwen3-5'                          # attn.z is after a gate that has no site
 CASES = [(family, shape) for family in SHAPES for shape in range(len(SHAPES[family]))]
 
 
 def top(x): return float(x.detach().abs().max())
 def rms(x): return float(x.detach().double().pow(2).mean().sqrt())
+def tilt(x): return x + torch.randn(x.shape[2:], generator=torch.Generator().manual_seed(0))   # norms take a constant away
 def tokens(batch, length, seed=0): return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+def shared_bias(model, i):
+    "Of an output projection that both branches share (Hymba)."
+    bias = model.blocks[i].mamba.out_proj.bias if model.adapter.family == 'hymba' else None
+    return 0 if bias is None else bias.double().numpy()
 def of(model, site): return [n for n in model._names if short(n) == site]
 
 
@@ -99,7 +105,7 @@ def test_a_state_edit_reaches_the_present_and_what_follows(model):
         i = name.split('.')[1]
         cut = add(name, torch.zeros(()), at=t)                                  # the scan is cut at the same step in both runs
         want, before = model.run_with_cache(ids, f'blocks.{i}.ssm.y', edit=cut)
-        got, after = model.run_with_cache(ids, f'blocks.{i}.ssm.y', edit=add(name, torch.ones(()), at=t))
+        got, after = model.run_with_cache(ids, f'blocks.{i}.ssm.y', edit=apply(name, tilt, at=t))
         dy = (after[f'blocks.{i}.ssm.y'] - before[f'blocks.{i}.ssm.y']).abs().amax((0, 2, 3))
         d = (got.logits - want.logits).abs().amax((0, 2))
         assert top(dy[:t]) == 0 and dy[t] > 1e-3 and top(d[:t]) <= 1e-6*top(want.logits) and top(d[t:]) > 1e-4, name
@@ -110,37 +116,51 @@ def test_sites_fit_together(model):
     ids = tokens(2, 21)
     out, cache = model.run_with_cache(ids, '*')
     sites = {n: v.double().numpy() for n, v in cache.items()}
+    before = {n: v.double().numpy() for n, v in model.run_with_cache(ids, 'blocks.*', at=meta())[1].items()} if model.meta else {}
     close = lambda a, b, what: np.testing.assert_allclose(a, b, rtol=0, atol=3e-6*max(1, np.abs(b).max()), err_msg=what)
     assert torch.equal(cache['logits'], out.logits) or top(cache['logits'] - out.logits) < 1e-5
     checked = set()
     for i in range(model.n_layers):
-        s = {short(n): v for n, v in sites.items() if n.startswith(f'blocks.{i}.')}
+        s, m = ({short(n): v for n, v in d.items() if n.startswith(f'blocks.{i}.')} for d in (sites, before))
         if i: close(s['resid_pre'], sites[f'blocks.{i - 1}.resid_post'], 'the residual stream goes on')
-        else: close(s['resid_pre'], sites['embed'], 'the residual stream begins')
-        if {'ssm.out', 'attn.out'} <= set(s) and not model.adapter.beside: close(s['mixer_out'], s['ssm.out'] + s['attn.out'], 'two branches')
+        elif model.adapter.family != 'rwkv7': close(s['resid_pre'], sites['embed'], 'the residual stream begins')
+        if {'ssm.out', 'attn.out'} <= set(s) and not model.adapter.beside: close(s['mixer_out'], s['ssm.out'] + s['attn.out'] + shared_bias(model, i), 'two branches')
         elif 'mixer_out' in s: close(s['mixer_out'], s['ssm.out' if 'ssm.out' in s else 'attn.out'], 'one branch')
         after = s['resid_mid'] if 'resid_mid' in s else s['resid_post']
         if 'mixer_out' in s: close(after, s['resid_pre'] + s['mixer_out'], 'the mixer adds')
         if 'resid_mid' in s: close(s['resid_post'], s['resid_mid'] + s['mlp_out'], 'the MLP adds')
         elif 'mixer_out' not in s: close(s['resid_post'], s['resid_pre'] + s['mlp_out'], 'an MLP alone')
         if 'attn.pattern' in s:
-            heads = s['attn.z'].shape[2]//s['attn.v'].shape[2]
-            z = np.einsum('bqhk,bkhd->bqhd', s['attn.pattern'], s['attn.v'].repeat(heads, 2))
-            if 'attn.gate' not in model.adapter.note: close(s['attn.z'], z, 'z = pattern v')
-            assert np.abs(np.triu(s['attn.pattern'].swapaxes(1, 2), 1)).max() == 0
+            assert np.abs(np.triu(s['attn.pattern'].swapaxes(1, 2), 1 + model.meta)).max() == 0
+            np.testing.assert_allclose(s['attn.pattern'].sum(-1), 1, atol=1e-5)
+        if 'attn.v' in s and model.adapter.family not in GATED_ATTENTION:
+            v = np.concatenate([m['attn.v'], s['attn.v']], 1) if m else s['attn.v']
+            v = v.repeat(s['attn.z'].shape[2]//v.shape[2], 2)
+            close(s['attn.z'], np.einsum('bqhk,bkhd->bqhd', s['attn.pattern'], v), 'z = pattern v')
         if 'ssm.state' in s and 'ssm.dt' in s:
             dt, x, B, C, decay = (s[f'ssm.{n}'] for n in ('dt', 'x', 'B', 'C', 'decay'))
             write = np.einsum('blhp,blhn->blhpn', dt[..., None]*x, B)
             decay = decay[..., None, None] if decay.ndim == 3 else decay[:, :, :, None]
-            S = np.zeros_like(write[:, 0])
+            S = m['ssm.state'][:, -1] if m else np.zeros_like(write[:, 0])
             for t in range(write.shape[1]):
                 S = decay[:, t]*S + write[:, t]
                 close(s['ssm.state'][:, t], S, 'h = a h + dt x B')
             mixer = model.blocks[i].get_submodule(model.points[i]['ssm'].module)
-            D = mixer.D.double().numpy()
+            D = next(iter(mixer.D.parameters())) if isinstance(mixer.D, torch.nn.Module) else mixer.D
+            D = D.double().numpy()
             close(s['ssm.write'], write, 'dt x B')
             close(s['ssm.y'], np.einsum('blhpn,blhn->blhp', s['ssm.state'], C) + D[:, None]*x, 'y = h C + D x')
-            if s['ssm.y'].shape[3] == 1: close(s['ssm.out_proj_in'], (s['ssm.y']*s['ssm.gate'])[..., 0], 'gated')
+            if s['ssm.y'].shape[3] == 1 and model.adapter.family != 'hymba': close(s['ssm.out_proj_in'], (s['ssm.y']*s['ssm.gate'])[..., 0], 'gated')
+        if 'ssm.erase' in s and model.adapter.family != 'rwkv7':              # whose removal reads a key without a site
+            S, a = np.zeros_like(s['ssm.write'][:, 0]), s['ssm.decay']
+            for t in range(a.shape[1]):
+                S = S*(a[:, t, ..., None, None] if a.ndim == 3 else a[:, t, :, None])
+                S = S - np.einsum('bhpn,bhn,bhm->bhpm', S, s['ssm.B'][:, t], s['ssm.erase'][:, t]) + s['ssm.write'][:, t]
+                close(s['ssm.state'][:, t], S, 'h = a h (1 - k e) + beta v k')
+            close(s['ssm.y'], np.einsum('blhpn,blhn->blhp', s['ssm.state'], s['ssm.C']), 'y = h q')
+            rate = s['ssm.erase']/np.where(np.abs(s['ssm.B']) < 1e-6, np.nan, s['ssm.B'])         # beta, the same for all channels
+            beta = np.nanmedian(rate, -1, keepdims=True)
+            close(s['ssm.write'], (beta*s['ssm.x'])[..., None]*s['ssm.B'][..., None, :], 'beta v k')
         checked |= set(s)
     assert checked >= {short(n) for n in model._names} - {'embed', 'logits'} and checked <= set(BLOCK_SITES)
 

@@ -1,10 +1,15 @@
 """Names, folders and files that are right, and those that are not."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from circuitbench.edit import zero
+from circuitbench.hook import HookedModel
 from circuitbench.load import byte_tokenizer, load_model
 from circuitbench.site import SiteError, families
 
@@ -33,14 +38,15 @@ def test_a_folder_round_trip(tmp_path, model):
     model.hf.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
     again = load_model(str(tmp_path))
-    assert torch.equal(again.run('Hello').logits, model.run('Hello').logits)
+    assert all(torch.equal(v, again.hf.state_dict()[k]) for k, v in model.hf.state_dict().items())
+    assert torch.allclose(again.run('Hello').logits, model.run('Hello').logits, atol=1e-5)
     assert load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_folder_without_a_tokenizer_takes_ids(tmp_path, model):
     model.hf.save_pretrained(tmp_path)
     bare = load_model(str(tmp_path))
-    assert torch.equal(bare.run([1, 2]).logits, model.run([1, 2]).logits) and bare.generate([1, 2], 2).text == []
+    assert torch.allclose(bare.run([1, 2]).logits, model.run([1, 2]).logits, atol=1e-5) and bare.generate([1, 2], 2).text == []
     with pytest.raises(ValueError, match='no tokenizer'): bare.run('Hello')
 
 
@@ -64,6 +70,84 @@ def test_damaged_folders_are_value_errors(tmp_path, how):
     assert len(str(err.value).splitlines()) <= 2 and 'Hub' not in str(err.value)
 
 
+def test_every_wrong_tensor_is_named(tmp_path):
+    load_model('mock://mamba2-tiny').hf.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path/'model.safetensors')
+    lost = 'backbone.layers.0.mixer.D', 'backbone.layers.1.norm.weight'
+    for n in lost: del tensors[n]
+    tensors |= {'backbone.layers.0.mixer.extra': torch.zeros(2), 'backbone.norm_f.weight': torch.zeros(31)}
+    save_file(tensors, tmp_path/'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(ValueError, match='missing: .*; not expected: .*; misshapen: .*') as err: load_model(str(tmp_path))
+    assert all(n in str(err.value) for n in (*lost, 'mixer.extra', r'norm_f.weight (31,) for (32,)'))
+
+
+def test_shards(tmp_path):
+    model = load_model('mock://jamba-tiny')
+    model.hf.save_pretrained(tmp_path, max_shard_size='30KB')
+    assert len(list(tmp_path.glob('*.safetensors'))) > 3
+    assert torch.equal(load_model(str(tmp_path), device='auto').run([1, 2, 3]).logits, model.run([1, 2, 3]).logits)
+
+
+def test_weights_in_bf16_and_a_recurrence_in_float32(tmp_path, recurrent):
+    recurrent.hf.save_pretrained(tmp_path)
+    weights = {k: v.to(torch.bfloat16) for k, v in load_file(tmp_path/'model.safetensors').items()}
+    save_file(weights, tmp_path/'model.safetensors', metadata={'format': 'pt'})
+    path = tmp_path/'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'dtype': 'bfloat16'}))
+    half = load_model(str(tmp_path), dtype='auto')
+    _, cache = half.run_with_cache([1, 2, 3], ['ssm.state', 'mixer_in'])
+    assert half.dtype == torch.bfloat16 and cache['blocks.0.mixer_in'].dtype == torch.bfloat16
+    assert cache['blocks.0.ssm.state'].dtype == torch.float32
+    whole = load_model(str(tmp_path))
+    assert whole.dtype == torch.float32 and not torch.equal(whole.run([1, 2]).logits, half.run([1, 2]).logits.float())
+
+
+def test_a_device_map_of_accelerate(tmp_path):
+    "Blocks whose weights are brought from the disk when they run: sites and edits are those of the whole model."
+    model = load_model('mock://falcon-h1-tiny')
+    model.hf.save_pretrained(tmp_path)
+    where = {'model.embed_tokens': 'cpu', 'model.layers.0': 'disk', 'model.layers.1': 'cpu', 'model.final_layernorm': 'cpu',
+             'model.rotary_emb': 'cpu', 'lm_head': 'disk'}
+    spread = load_model(str(tmp_path), device_map=where)
+    assert any(p.device.type == 'meta' for p in spread.hf.parameters()) and spread.device.type == 'cpu'
+    edit = 2*zero('blocks.0.ssm.state', at=2) | zero('blocks.1.ssm.gate', at=3)
+    (want, a), (got, b) = (m.run_with_cache([5, 6, 7, 8, 9], '*', edit=edit) for m in (model, spread))
+    assert torch.allclose(got.logits, want.logits, atol=1e-6) and all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+    with pytest.raises(ValueError, match='one of them'): load_model(str(tmp_path), device='cpu', device_map='auto')
+
+
+def test_a_model_that_is_already_in_memory():
+    model = load_model('mock://mamba2-tiny')
+    with torch.no_grad(): model.hf.lm_head.weight[5] += 1
+    hf = model.hf
+    hf.backbone = torch.ao.quantization.quantize_dynamic(hf.backbone, {torch.nn.Linear}, dtype=torch.qint8)
+    opened = HookedModel.from_module(hf, model.tokenizer, name='quantised')
+    assert type(hf.backbone.layers[0].mixer.in_proj) is not torch.nn.Linear and opened.name == 'quantised'
+    out, cache = opened.run_with_cache('Hello', '*')
+    assert torch.allclose(out.logits, hf(out.tokens, use_cache=False).logits, atol=1e-5)
+    assert torch.equal(cache['logits'], out.logits) and opened.generate('Hello', 3).text[0]
+
+
+class Evil:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('name', ['model.pth', 'pytorch_model.bin'])
+def test_a_pickle_that_is_no_archive_of_tensors_is_refused(tmp_path, name):
+    load_model('mock://mamba2-tiny').hf.save_pretrained(tmp_path)
+    (tmp_path/'model.safetensors').unlink()
+    torch.save({'w': torch.zeros(2), 'evil': Evil(str(tmp_path/'ran'))}, tmp_path/name)
+    with pytest.raises(ValueError, match='got .*expected'): load_model(str(tmp_path/name if name.endswith('pth') else tmp_path))
+    assert not (tmp_path/'ran').exists()
+
+
+def test_another_transformers_is_refused_with_words():
+    code = "import transformers; transformers.__version__ = '4.57.1'; import circuitbench"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert "got transformers 4.57.1, expected >=5.23,<6" in out.stderr.splitlines()[-1]
+
+
 def test_code_in_a_folder_is_never_run(tmp_path):
     load_model('mock://mamba2-tiny').hf.save_pretrained(tmp_path)
     (tmp_path/'modeling_evil.py').write_text(f'open({str(tmp_path/"ran")!r}, "w").close()\nclass Evil: pass\n')
@@ -72,7 +156,9 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     path.write_text(json.dumps(config | {'auto_map': {'AutoModelForCausalLM': evil, 'AutoConfig': evil}}))
     load_model(str(tmp_path))
     path.write_text(json.dumps(config | {'model_type': 'evil', 'auto_map': {'AutoConfig': evil}}))
-    with pytest.raises(ValueError, match="type 'evil'"): load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="type 'evil'.*Adding a family"): load_model(str(tmp_path))
+    path.write_text(json.dumps(config | {'model_type': 'bambo'}))
+    with pytest.raises(ValueError, match="nearest: bamba"): load_model(str(tmp_path))
     assert not (tmp_path/'ran').exists()
 
 

@@ -32,6 +32,12 @@ SITE = 'blocks.1.ssm.out_proj_in'
 WEIGHTS = 'sae_weights.safetensors'
 
 
+@pytest.fixture
+def model(mamba):
+    "What is checked here against hooks and equations of a Mamba block; `test_verbs` is for the other families."
+    return mamba
+
+
 def top(x): return float(x.detach().abs().max())
 
 

@@ -16,6 +16,12 @@ TEXT = 'Hello you'
 IDS = [5, 9, 41, 7, 200, 9, 3]
 
 
+@pytest.fixture
+def model(mamba):
+    "What is checked here against hooks and equations of a Mamba block; `test_verbs` is for the other families."
+    return mamba
+
+
 def vector(n, seed=0): return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
@@ -238,7 +244,7 @@ def test_a_model_without_a_tokenizer():
 # -- views -------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def pushed():
-    return steer(load_model('mock://mamba2-tiny'), 'A <b>', vector=vector(64), strength=4., layer=1, max_new_tokens=10)
+    return steer(load_model('mock://mamba2-tiny'), 'A <b>', vector=vector(64), strength=40., layer=1, max_new_tokens=10)
 
 
 def test_view_figure_and_pages(pushed, tmp_path):
@@ -262,20 +268,20 @@ def test_a_page_is_written_whole_or_not_at_all(pushed, tmp_path):
 
 
 def test_inspector_runs_each_strength_once(pushed, tmp_path):
-    look = pushed.inspect(limit=8)
-    assert isinstance(look, SteerInspector) and look.values == {'strength': 4.} and look.steered is pushed
+    look = pushed.inspect(limit=80)
+    assert isinstance(look, SteerInspector) and look.values == {'strength': 40.} and look.steered is pushed
     assert look.html == steer_view(pushed)
     first, runs = look.html, len(look.done)
     assert look.set(strength=-2.).html != first and len(look.done) == runs + 1 and look.steered.strength == -2
-    look.set(strength=4.)
+    look.set(strength=40.)
     assert look.html == first and len(look.done) == runs + 1
-    with pytest.raises(ValueError, match='-8 to 8'): look.set(strength=9.)
+    with pytest.raises(ValueError, match='-80 to 80'): look.set(strength=90.)
     assert look.to_html(tmp_path/'i.html').read_text().count('data-k="') == len(look.done)
 
 
 def test_inspector_over_strengths_that_were_run(pushed):
     look = pushed.inspect(strengths=[-4, 0])
-    assert sorted(look.done) == [-4., 0., 4.] and look.values == {'strength': 4.}
+    assert sorted(look.done) == [-4., 0., 40.] and look.values == {'strength': 40.}
     assert look.set(strength=0.).steered.delta_norm == 0
     with pytest.raises(ValueError, match='one of'): look.set(strength=1.)
     assert pushed.again(0.).inspect().controls['strength'].max == 8.

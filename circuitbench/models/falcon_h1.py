@@ -8,7 +8,6 @@ __all__ = ['ADAPTER', 'open_gate', 'small', 'sizes', 'points']
 # %% ../../nbs/14_falcon_h1.ipynb #falcon_h1-imports
 from types import SimpleNamespace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import FalconH1Config

@@ -29,7 +29,8 @@ def sizes(config: GraniteMoeHybridConfig) -> dict[str, int]:
 def points(config: GraniteMoeHybridConfig, i: int) -> dict[str, Point]:
     "The points of block i."
     scale = config.residual_multiplier
-    mixer = {'attn': 'self_attn'} if config.layers_block_type[i] in ('attention', 'full_attention') else {'ssm': 'mamba'}
+    attn = config.layers_block_type[i] in ('attention', 'full_attention')
+    mixer = {'attn': 'self_attn'} if attn else {'ssm': 'mamba'}
     p = block_points('input_layernorm', **mixer, mlp='shared_mlp', mlp_norm='post_attention_layernorm', scale=scale)
     experts = Point('block_sparse_moe', scale=scale) if config.num_local_experts else None
     return p | {'mlp_out': Point('shared_mlp', scale=scale, plus=experts)}

@@ -22,7 +22,8 @@ def small(vocab_size: int, **changes) -> MambaConfig:
 
 def sizes(config: MambaConfig) -> dict[str, int]:
     "The size of each axis."
-    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size) | mamba1_sizes(int(config.expand*config.hidden_size), config.state_size)
+    inner = int(config.expand*config.hidden_size)
+    return dict(d_model=config.hidden_size, d_vocab=config.vocab_size) | mamba1_sizes(inner, config.state_size)
 
 ADAPTER = register(Adapter(
     family='mamba1', model_types=('mamba',), module='transformers.models.mamba.modeling_mamba', small=small,
