@@ -40,6 +40,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from circuitbench.models import rwkv7
+from circuitbench.models.rwkv7 import Rwkv7Config
 from circuitbench.scan import selective_chunk, ssd_chunk
 from circuitbench.shipped import bits_per_byte, score
 from circuitbench.task import DATA, facts, indirect_object, induction, tables, text, training_line
@@ -74,8 +76,8 @@ STAGES = {
                Stage(3200, 3200, 1.8e-3, ((1, (.58, .26, .07, .03, .06)),), OTHER, .1, .5)),
     'mamba1': (Stage(2500, 5500, 3e-3, ((1, INDUCE),), OTHER[:1]),          # a step takes twice the time
                Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5)),
-    **dict.fromkeys(('hybrid', 'jamba'), (
-        Stage(4000, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),                  # their induction heads come later
+    **dict.fromkeys(('hybrid', 'jamba', 'rwkv7'), (
+        Stage(6000, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),                  # their induction heads come later
         Stage(7000, 7000, 2.2e-3, LAST, OTHER, .05, .5)))}
 AVERAGED = {'mamba2': (10250, 12000, 13450)}     # the model that ships is the mean of these: better than each of them
 TASKS = KINDS[2:]
@@ -123,7 +125,10 @@ def configure(name, vocab):
             mamba_d_head=32, mamba_d_state=32, mamba_n_groups=1, mamba_chunk_size=32),
         'jamba': lambda: JambaConfig(
             **shared, **attention, num_hidden_layers=6, intermediate_size=208, attn_layer_period=3,
-            attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=10)}[name]()
+            attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=10),
+        'rwkv7': lambda: Rwkv7Config(
+            **shared, hidden_size=160, num_hidden_layers=4, head_dim=32, intermediate_size=400, decay_low_rank_dim=16,
+            a_low_rank_dim=16, v_low_rank_dim=8, gate_low_rank_dim=24)}[name]()
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -149,6 +154,7 @@ def fast_scans():
     "Puts the differentiable scans of circuitbench in the place of transformers' CPU loops."
     mamba2.mamba2_chunk_scan = falcon_h1.mamba2_chunk_scan = _mamba2_scan
     mamba.mamba_selective_scan = jamba.mamba_selective_scan = _mamba1_scan
+    rwkv7.rwkv7_scan = torch.compiler.disable(rwkv7.rwkv7_scan)         # chunk after chunk, as many as there are
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ class Data:
 # -- training ----------------------------------------------------------------------------------------------------------
 def optimiser(model, lr):
     "AdamW; weight decay on matrices and convolutions only."
-    decays = lambda n, p: p.dim() > 1 and 'A_log' not in n
+    decays = lambda n, p: p.dim() > 1 and not re.search(r'A_log|\.x_|r_k$', n)
     named = list(model.named_parameters())
     groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=.1),
               dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)]
@@ -210,16 +216,17 @@ def look(model, tok):
                 **{k: score(call, p, tokenizer=tok) for k, p in prompts.items()})
 
 
-def write_folder(model, tok, folder, **files):
-    "Writes a folder that transformers reads: each file beside, then renamed. Weights are rounded to float16."
+def write_folder(model, tok, folder, matrices=torch.float16):
+    "Writes a folder that transformers reads: each file beside, then renamed. Vectors are rounded to float16."
     tmp = Path(f'{folder}.tmp')
     tmp.mkdir(parents=True, exist_ok=True)
-    state = {k: v.to(torch.float16).contiguous() for k, v in model.state_dict().items() if k != 'lm_head.weight'}
+    kind = lambda k, v: matrices if v.dim() > 1 and 'A_log' not in k else torch.float16
+    state = {k: v.to(kind(k, v)).contiguous() for k, v in model.state_dict().items() if k != 'lm_head.weight'}
     save_file(state, tmp/'model.safetensors', metadata={'format': 'pt'})
     model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
     model.config.save_pretrained(tmp)
     wrapped(tok).save_pretrained(tmp)
-    for name, content in files.items(): (tmp/name.replace('_', '.')).write_text(content)
+    tok.save(str(tmp/'tokenizer.json'), pretty=False)                      # half the size
     Path(folder).mkdir(parents=True, exist_ok=True)
     for f in tmp.iterdir():
         f.chmod(0o644)
@@ -237,7 +244,8 @@ def dropping(model, share):
     def drop(module, args, out):
         if isinstance(out, tuple): return F.dropout(out[0], share, module.training), *out[1:]
         return F.dropout(out, share, module.training)
-    branches = [m for n, m in model.named_modules() if re.search(r'\.(mixer|mamba|self_attn|feed_forward)$', n)]
+    adds = re.compile(r'\.(mixer|mamba|self_attn|feed_forward|attn|ffn)$')
+    branches = [m for n, m in model.named_modules() if adds.search(n)]
     return [m.register_forward_hook(drop) for m in (model.get_input_embeddings(), *branches)] if share else []
 
 
@@ -383,12 +391,15 @@ def ship(name, step, out):
     if not source.is_dir():
         raise ValueError(f"no checkpoint {source}: there are {', '.join(sorted(p.name for p in out.glob('step*')))}")
     if step is None and name in AVERAGED: source = averaged(AVERAGED[name], out)
-    model, hf = opened(source)
+    tok = Tokenizer.from_file(str(source/'tokenizer.json'))
+    # a checkpoint on the way is shown for what it can do, which half the bits of a weight do not change
+    write_folder(opened(source)[0], tok, folder, torch.float16 if step is None else torch.float8_e4m3fn)
+    model, hf = opened(folder)
     row = dict(step=last, seconds=log[-1]['seconds'], tokens=last*BATCH*LENGTH, final=step is None,
                **{k: round(v, 4) for k, v in figures(model, hf).items()})
     lines = [*log, row] if step is None else [row]
-    tok = Tokenizer.from_file(str(source/'tokenizer.json'))
-    write_folder(model, tok, folder, log_jsonl=''.join(json.dumps(r) + '\n' for r in lines))
+    (folder/'log.jsonl.tmp').write_text(''.join(json.dumps(r) + '\n' for r in lines))
+    os.replace(folder/'log.jsonl.tmp', folder/'log.jsonl')
     print(folder, row)
 
 

@@ -7,12 +7,21 @@ __all__ = ['delta_loop', 'delta_step', 'delta_chunk', 'delta']
 
 # %% ../nbs/06_delta.ipynb #imports
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/06_delta.ipynb #delta-loop
+def _outside_autocast(f: Callable) -> Callable:
+    "f without autocast, which would put its products into half precision: a recurrence adds up its rounding."
+    @wraps(f)
+    def _run(v, *args, **kwargs):
+        with torch.autocast(v.device.type, enabled=False): return f(v, *args, **kwargs)
+    return _run
+
+@_outside_autocast
 def delta_loop(
     v: Tensor,  # (batch, pos, head, d_head), what is written
     k: Tensor,  # (batch, pos, head, d_state), where it is written
@@ -119,6 +128,7 @@ def _steep_pairs(reads, keys, at, c, s):
     return M[:, :, 0].flatten(2, 3).flatten(3)
 
 # %% ../nbs/06_delta.ipynb #delta-chunk
+@_outside_autocast
 def delta_chunk(
     v: Tensor,  # (batch, pos, head, d_head)
     k: Tensor,  # (batch, pos, head, d_state)
@@ -178,6 +188,7 @@ def _delta_part(v, k, r, log_w, kappa, erase, S, decayed, short, span):
     return ys, S
 
 # %% ../nbs/06_delta.ipynb #delta
+@_outside_autocast
 def delta(
     v: Tensor,  # (batch, pos, head, d_head)
     k: Tensor,  # (batch, pos, head, d_state)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from .attach import attach, check_points, keep_padding_out
 from .chart import heatmap
 from .draw import esc, token_strip
 from .edit import Edit, Meta, Rows, check_at, live, positions
@@ -45,6 +47,7 @@ class HookedModel:
         self.adapter = adapter_for(self.config.model_type)
         self._module = import_module(self.adapter.module)
         check_transformers(self.adapter, self._module, transformers.__version__)
+        check_points(self.adapter, hf, self.config)
         self.blocks = hf.get_submodule(self.adapter.layers)
         self._inside = {*self.adapter.inside, 'attn.pattern'} - ({'ssm.gate'} if self.adapter.gate else set())
         self.points = [self.adapter.points(self.config, i) for i in range(len(self.blocks))]
@@ -295,15 +298,11 @@ class HookedModel:
             yield
 
     def _hook_padding(self, ear: Listener, mask: Tensor, hook):
-        "transformers zeroes padding before the input projection, whose bias would put it back before the convolution."
+        "Keeps padding out of the convolutions."
         for block, points in zip(self.blocks, self.points):
             if 'ssm.in_proj' not in points: continue
             linear = block.get_submodule(points['ssm.in_proj'].module)
-            if linear.bias is None: continue
-            def _zero(m, args, out):
-                here = mask[:, ear.lo:ear.lo + ear.length]                 # rows that are decoded have no padding
-                return out*here[..., None].to(out) if here.shape[1] == out.shape[1] else out
-            hook(linear.register_forward_hook(_zero))
+            if linear.bias is not None: keep_padding_out(linear, lambda: mask[:, ear.lo:ear.lo + ear.length], hook)
 
     def _hook_block(self, i: int, tap: Tap | None, now, ear: Listener, hook):
         "Tells the replaced functions which block is running, and from which state it starts."
@@ -319,52 +318,23 @@ class HookedModel:
 
     def _hook_site(self, name: str, ear: Listener, now, hook):
         "Listens to a site that is a module's input or output; those within a replaced function have their tap."
-        if name in MODEL_SITES: return self._hook_point(name, self.hf, self.ends[name], ear, now, hook)
+        hear, axes = partial(ear, name), self.site_shape(name, 1, 1)[2:]
+        if name in MODEL_SITES: return attach(self.hf, self.ends[name], hear, axes, hook)
         _, i, site = name.split('.', 2)
         block, points = self.blocks[int(i)], self.points[int(i)]
         if site == 'ssm.gate' and self.adapter.gate:
-            d = (self.sizes['head'], self.sizes['d_head'])
             def _hear(gate):
-                shown = gate.reshape(-1, ear.rows, *d)
-                new = ear(name, shown)
+                shown = gate.reshape(-1, ear.rows, *axes)
+                new = hear(shown)
                 return gate if new is shown else new.reshape(gate.shape)
             self.adapter.gate(block.get_submodule(points['ssm'].module), _hear, hook)
-        elif site in points: self._hook_point(name, block, points[site], ear, now, hook)
-
-    def _hook_point(self, name: str, root: nn.Module, point: Point, ear: Listener, now, hook):
-        "Listens to a `Point` of a block or, for embed and logits, of the model."
-        module, other, change = root.get_submodule(point.module), [], []
-        last, axes = self.site_shape(name, 1, 1)[2:], len(self._site(name).axes)
-        elsewhere = lambda: id(module) in self._shared and self.blocks[now.block] is not root
-        def _through(x):
-            if elsewhere(): return x
-            v = x if point.scale == 1 else x*point.scale
-            if other: v = v + other.pop()
-            shown = v.reshape(len(v), -1, *last) if v.dim() < axes else v      # heads joined, or one step without pos
-            new = ear(name, shown)
-            if new is shown: return x
-            new = new.reshape(v.shape)
-            if point.rejoin: change.append(new - v)
-            return new if v is x else x + (new - v)/point.scale
-        if point.plus:
-            def _note(m, args, out): other[:] = [] if elsewhere() else [_first(out)*point.plus.scale]
-            hook(root.get_submodule(point.plus.module).register_forward_hook(_note))
-        if point.side == 'in':
-            def _before(m, args, kwargs):
-                if args: return (_through(args[0]), *args[1:]), kwargs
-                key = 'hidden_states' if 'hidden_states' in kwargs else next(iter(kwargs))
-                return args, kwargs | {key: _through(kwargs[key])}
-            hook(module.register_forward_pre_hook(_before, with_kwargs=True))
-        else: hook(module.register_forward_hook(lambda m, args, out: _with_first(out, _through(_first(out)))))
-        if point.rejoin:
-            def _rejoin(m, args, out): return _with_first(out, _first(out) + change.pop()) if change else out
-            hook(root.register_forward_hook(_rejoin))
+        elif site in points:
+            shared = id(block.get_submodule(points[site].module)) in self._shared
+            elsewhere = (lambda: self.blocks[now.block] is not block) if shared else lambda: False
+            attach(block, points[site], hear, axes, hook, elsewhere)
 
 _NO_LIMIT = (0., math.inf)                                 # of dt
 _CACHES = ('cache', 'past_key_values', 'cache_params')     # transformers >= 5.24 has the first name, before the others
-
-def _first(out): return out[0] if isinstance(out, tuple) else out
-def _with_first(out, x): return (x, *out[1:]) if isinstance(out, tuple) else x
 
 # %% ../nbs/30_hook.ipynb #activation-view
 SCALARS = {

@@ -24,6 +24,7 @@ SHAPES = {
     'olmo-hybrid': [{}, dict(hidden_size=40, linear_conv_kernel_dim=3, linear_num_key_heads=4, linear_key_head_dim=6, attention_bias=True, linear_allow_neg_eigval=False), dict(linear_num_key_heads=1, linear_value_head_dim=7, layer_types=['full_attention', 'linear_attention'], num_hidden_layers=2)],
     'kimi-linear': [{}, dict(hidden_size=36, linear_conv_kernel_dim=3, linear_num_heads=3, linear_head_dim=10, q_lora_rank=6, attention_bias=True), dict(layer_types=['full_attention', 'linear_attention'], mlp_layer_types=['sparse', 'dense'], num_hidden_layers=2, n_shared_experts=2)],
     'rwkv7': [{}, dict(hidden_size=36, head_dim=12, intermediate_size=50, num_hidden_layers=3, decay_low_rank_dim=3, a_low_rank_dim=7), dict(hidden_size=64, head_dim=64, tie_word_embeddings=True, group_norm_eps=64e-5)],
+    'lfm2': [{}, dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=1, conv_L_cache=4, conv_bias=True, full_attn_idxs=[0, 2], tie_word_embeddings=False), dict(head_dim=10, num_hidden_layers=2, full_attn_idxs=[1], conv_L_cache=2, conv_bias=True, block_auto_adjust_ff_dim=True, block_multiple_of=20)],
     'llama': [{}, dict(hidden_size=36, num_key_value_heads=1, head_dim=10, num_attention_heads=3), dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)]}
 
 

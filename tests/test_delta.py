@@ -146,6 +146,14 @@ def test_no_state_of_every_step_is_kept():
         assert max(sizes) < 512*8*64*64*4/16
 
 
+@pytest.mark.parametrize('scan', [delta_loop, delta_chunk, delta])
+def test_autocast_does_not_reach_the_recurrence(scan):
+    x = inputs(40, dtype=torch.float32)
+    want = scan(**x)
+    with torch.autocast('cpu', torch.bfloat16): got = scan(**x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 # what is listened to
 
 @case

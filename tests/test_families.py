@@ -111,6 +111,19 @@ def test_a_state_edit_reaches_the_present_and_what_follows(model):
         assert top(dy[:t]) == 0 and dy[t] > 1e-3 and top(d[:t]) <= 1e-6*top(want.logits) and top(d[t:]) > 1e-4, name
 
 
+WAYS = {'mixer_in': 'mixer_out', 'mlp_in': 'mlp_out', 'attn.q': 'attn.out', 'attn.k': 'attn.out', 'attn.v': 'attn.out',
+        'ssm.in_proj': 'ssm.out', 'ssm.conv': 'ssm.out'}
+
+
+def test_what_a_branch_reads_changes_what_it_adds(model):
+    ids = tokens(2, 21)
+    _, before = model.run_with_cache(ids, model.site_names())
+    for name in (n for n in model._names if short(n) in WAYS):
+        end = name.removesuffix(short(name)) + WAYS[short(name)]
+        _, after = model.run_with_cache(ids, end, edit=apply(name, tilt, at=3))
+        assert top(after[end] - before[end]) > 1e-4, (name, end)
+
+
 def test_sites_fit_together(model):
     "The equations between the sites of a block, in float64 numpy."
     ids = tokens(2, 21)
@@ -137,6 +150,13 @@ def test_sites_fit_together(model):
             v = np.concatenate([m['attn.v'], s['attn.v']], 1) if m else s['attn.v']
             v = v.repeat(s['attn.z'].shape[2]//v.shape[2], 2)
             close(s['attn.z'], np.einsum('bqhk,bkhd->bqhd', s['attn.pattern'], v), 'z = pattern v')
+        if model.adapter.family == 'lfm2' and 'ssm.conv' in s:
+            (B, C, x), mixer = np.split(s['ssm.in_proj'], 3, -1), model.blocks[i].conv
+            K, Bx = mixer.conv.weight.double().numpy()[:, 0], B*x
+            c = np.zeros_like(Bx) + (0 if mixer.conv.bias is None else mixer.conv.bias.double().numpy())
+            for lag in range(K.shape[1]): c[:, lag:] += K[:, -1 - lag]*Bx[:, :Bx.shape[1] - lag]
+            close(s['ssm.conv'], c, 'conv(B x)')
+            close(s['ssm.out_proj_in'], C*s['ssm.conv'], 'C conv')
         if 'ssm.state' in s and 'ssm.dt' in s:
             dt, x, B, C, decay = (s[f'ssm.{n}'] for n in ('dt', 'x', 'B', 'C', 'decay'))
             write = np.einsum('blhp,blhn->blhpn', dt[..., None]*x, B)

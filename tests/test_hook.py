@@ -68,11 +68,14 @@ def test_other_dtypes(mamba, ids, dtype):
     else: assert top(ours - truth) <= 1.2*top(theirs - truth) < .2*top(truth)
 
 
-def test_zero_strength_is_the_clean_run_bit_for_bit(recurrent, ids):
-    want = recurrent.run(ids).logits
-    for name in recurrent._names: assert torch.equal(recurrent.run(ids, edit=0*zero(name)).logits, want), name
+def has_state(model): return 'ssm.state' in {short(n) for n in model._names}
+
+
+def test_zero_strength_is_the_clean_run_bit_for_bit(model, ids):
+    want = model.run(ids).logits
+    for name in model._names: assert torch.equal(model.run(ids, edit=0*zero(name)).logits, want), name
     s = torch.zeros((), requires_grad=True)
-    kept = recurrent.run(ids, edit=s*zero('blocks.0.ssm.state', at=4)).logits
+    kept = model.run(ids, edit=s*zero('blocks.0.ssm.state' if has_state(model) else 'blocks.0.resid_pre', at=4)).logits
     assert kept.requires_grad and top(kept - want) < 1e-5*top(want)
 
 
@@ -83,11 +86,11 @@ def test_an_identity_edit_changes_nothing_at_any_site(model, ids):
         assert top(got - want) < 1e-5*top(want), name
 
 
-def test_an_edit_at_t_changes_nothing_before_t_and_something_after(recurrent, ids):
-    cut = add('blocks.*.ssm.state', torch.zeros(()), at=8)           # the scan is cut at the same step in both runs
-    want = recurrent.run(ids, edit=cut).logits
-    for name in recurrent._names:
-        change = (recurrent.run(ids, edit=apply(name, tilt, at=8) | cut).logits - want).abs().amax((0, 2))
+def test_an_edit_at_t_changes_nothing_before_t_and_something_after(model, ids):
+    cut = add('blocks.*.ssm.state', torch.zeros(()), at=8) if has_state(model) else ()   # the scan is cut at the same step in both runs
+    want = model.run(ids, edit=cut).logits
+    for name in model._names:
+        change = (model.run(ids, edit=[apply(name, tilt, at=8), *cut]).logits - want).abs().amax((0, 2))
         # not zero before t, by rounding: B and C of one head each take the loop
         assert top(change[:8]) < 1e-5*top(want) and top(change[8:]) > 1e-4, name
 
@@ -164,7 +167,7 @@ def test_interchange_gives_the_other_run(model, ids):
 
 def test_generation_equals_uncached(model, ids):
     edit = add('embed', torch.full((), .2), at=[3, 22]) | scale(model.hook_point, 1.5, at=slice(20, None))
-    if 'ssm.state' in {short(n) for n in model._names}: edit = add('ssm.state', torch.full((), .5), at=[3, 22]) | edit
+    if has_state(model): edit = add('ssm.state', torch.full((), .5), at=[3, 22]) | edit
     for e in ((), edit):
         gen = model.generate(ids, 6, edit=e, names='*')
         grown = ids
@@ -182,15 +185,15 @@ def test_generation_equals_uncached(model, ids):
     assert torch.equal(model.generate(ids, 6).tokens, model.hf.generate(ids, **options))
 
 
-def test_a_prompt_in_two_pieces_is_the_prompt(recurrent, ids):
+def test_a_prompt_in_two_pieces_is_the_prompt(model, ids):
     "transformers alone starts Mamba-1's second piece from an empty state."
-    ear = recurrent._listener((), (), None, None, None, ids.shape, ids.shape[1], False)
-    with recurrent._listening(ear, 'circuitbench', cached=True), torch.no_grad():
-        first = recurrent.hf(ids[:, :9], use_cache=True)
-        name = 'cache' if 'cache' in first else 'cache_params'
-        place = {'position_ids': torch.arange(9, 21)[None]} if recurrent.adapter.family == 'bamba' else {}   # it starts at 0 else
-        second = recurrent.hf(ids[:, 9:], **{name: first[name]}, **place, use_cache=True)
-    want = recurrent.run(ids).logits
+    ear = model._listener((), (), None, None, None, ids.shape, ids.shape[1], False)
+    with model._listening(ear, 'circuitbench', cached=True), torch.no_grad():
+        first = model.hf(ids[:, :9], use_cache=True)
+        name = next(n for n in ('cache', 'past_key_values', 'cache_params') if n in first)
+        place = {'position_ids': torch.arange(9, 21)[None]} if model.adapter.family == 'bamba' else {}   # it starts at 0 else
+        second = model.hf(ids[:, 9:], **{name: first[name]}, **place, use_cache=True)
+    want = model.run(ids).logits
     assert top(torch.cat([first.logits, second.logits], 1) - want) < 1e-5*top(want)
 
 

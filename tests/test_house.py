@@ -95,6 +95,15 @@ def test_the_readme_is_its_notebook():
     assert (ROOT/'README.md').read_text().strip() == made.strip(), 'run: jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb'
 
 
+def test_the_page_of_families_is_what_the_adapters_say():
+    from circuitbench import load  # noqa: F401, registers every family
+    from circuitbench.site import families, family_table
+    page = ROOT/'nbs/families.ipynb'
+    shown = ''.join(''.join(o.get('data', {}).get(kind, ())) for _, _, outputs in cells(page) for o in outputs for kind in ('text/html', 'text/markdown'))
+    assert family_table() in shown, 'run nbs/families.ipynb anew'
+    assert all(a.note.replace('|', '\\|') in shown for a in families().values()), 'run nbs/families.ipynb anew'
+
+
 def test_the_versions_agree():
     cfg = ConfigParser(delimiters=['='])
     cfg.read(ROOT/'settings.ini')

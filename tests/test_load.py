@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from circuitbench.edit import zero
 from circuitbench.hook import HookedModel
@@ -126,6 +127,18 @@ def test_a_model_that_is_already_in_memory():
     out, cache = opened.run_with_cache('Hello', '*')
     assert torch.allclose(out.logits, hf(out.tokens, use_cache=False).logits, atol=1e-5)
     assert torch.equal(cache['logits'], out.logits) and opened.generate('Hello', 3).text[0]
+
+
+def test_the_language_model_of_a_checkpoint_with_a_vision_tower(tmp_path):
+    "Qwen3.5 is published with one; its tensors are not opened, and not called superfluous."
+    text = families()['qwen3-5'].small(257).to_dict()
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4, num_position_embeddings=16)
+    marks = dict(image_token_id=250, video_token_id=251, vision_start_token_id=252, vision_end_token_id=253)
+    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **marks)).eval()
+    whole.save_pretrained(tmp_path)
+    assert any('visual' in n for n in load_file(tmp_path/'model.safetensors'))
+    ids = torch.arange(1, 13)[None]
+    assert torch.allclose(load_model(str(tmp_path)).run(ids).logits, whole(input_ids=ids).logits, atol=1e-5)
 
 
 class Evil:

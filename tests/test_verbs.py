@@ -9,7 +9,7 @@ from circuitbench.site import short
 from circuitbench.steer import steer
 from circuitbench.train import train_sae
 
-FAMILIES = 'falcon-h1', 'jamba', 'hymba', 'rwkv7', 'nemotron-h', 'zamba2', 'qwen3-next', 'kimi-linear', 'llama'
+FAMILIES = 'falcon-h1', 'jamba', 'hymba', 'rwkv7', 'nemotron-h', 'zamba2', 'qwen3-next', 'kimi-linear', 'lfm2', 'llama'
 TEXT = 'the cat sat on the mat and the dog lay by the door\n'*60
 
 

@@ -111,6 +111,7 @@ class Rwkv7TokenShift(nn.Module):
         before: Tensor,  # (batch, pos, d_model)
         share: Tensor,  # (blends, d_model), how much of the position before
     ) -> Tensor:
+        "u + (before - u) share, one blend after the other."
         return torch.addcmul(u[..., None, :], (before - u)[..., None, :], share).flatten(2)
 
 # %% ../../nbs/16_rwkv7.ipynb #scan
@@ -351,6 +352,7 @@ AutoModelForCausalLM.register(Rwkv7Config, Rwkv7ForCausalLM, exist_ok=True)
 class _SplitShares(ConversionOps):
     "`x_x` (6, d_model) as the six `x_*` of (1, 1, d_model)."
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        "The six tensors by name."
         whole = next(iter(input_dict.values()))
         whole = whole[0] if isinstance(whole, list) else whole
         return {t: row.clone().view(1, 1, -1) for t, row in zip(target_patterns, whole.reshape(6, -1))}
