@@ -76,9 +76,11 @@ STAGES = {
                Stage(3200, 3200, 1.8e-3, ((1, (.58, .26, .07, .03, .06)),), OTHER, .1, .5)),
     'mamba1': (Stage(2500, 5500, 3e-3, ((1, INDUCE),), OTHER[:1]),          # a step takes twice the time
                Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5)),
-    **dict.fromkeys(('hybrid', 'jamba', 'rwkv7'), (
+    **dict.fromkeys(('hybrid', 'jamba'), (
         Stage(6000, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),                  # their induction heads come later
-        Stage(7000, 7000, 2.2e-3, LAST, OTHER, .05, .5)))}
+        Stage(7000, 7000, 2.2e-3, LAST, OTHER, .05, .5))),
+    'rwkv7': (Stage(2500, 9000, 3e-3, ((.17, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
+              Stage(7000, 7000, 2.2e-3, LAST, OTHER, .05, .5))}
 AVERAGED = {'mamba2': (10250, 12000, 13450)}     # the model that ships is the mean of these: better than each of them
 TASKS = KINDS[2:]
 

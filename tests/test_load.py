@@ -1,5 +1,6 @@
 """Names, folders and files that are right, and those that are not."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,37 @@ def test_the_language_model_of_a_checkpoint_with_a_vision_tower(tmp_path):
     assert torch.allclose(load_model(str(tmp_path)).run(ids).logits, whole(input_ids=ids).logits, atol=1e-5)
 
 
+def cached(home: Path, repository: str, write):
+    "A repository in the Hub's cache, as if it had been downloaded."
+    folder = home/'hub'/f"models--{repository.replace('/', '--')}"
+    (folder/'refs').mkdir(parents=True)
+    (folder/'refs/main').write_text('0'*40)
+    snapshot = folder/'snapshots'/('0'*40)
+    snapshot.mkdir(parents=True)
+    write(snapshot)
+
+
+def test_ids_of_the_hub(tmp_path):
+    "transformers' layout, mamba_ssm's and a .pth, by the names under which a user would ask for them."
+    import oracle_mamba_ssm as upstream
+    from oracle_rwkv7 import archive
+    mamba = dict(d_model=24, n_layer=2, vocab_size=45, ssm_cfg={}, rms_norm=True, residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=8)
+    cached(tmp_path, 'tiiuae/tiny-falcon', load_model('mock://falcon-h1-tiny').hf.save_pretrained)
+    def mamba_ssm(folder):
+        (folder/'config.json').write_text(json.dumps(mamba))
+        torch.save(upstream.checkpoint(mamba), folder/'pytorch_model.bin')
+    cached(tmp_path, 'state-spaces/mamba-tiny', mamba_ssm)
+    cached(tmp_path, 'BlinkDL/rwkv7-g1', lambda folder: torch.save(archive(), folder/'rwkv7-g1-tiny.pth'))
+    code = """from circuitbench import load_model
+for name in ('tiiuae/tiny-falcon', 'state-spaces/mamba-tiny', 'BlinkDL/rwkv7-g1/rwkv7-g1-tiny.pth'):
+    model = load_model(name, device='cpu')
+    print(model.adapter.family, tuple(model.run([1, 2, 3]).logits.shape), model.tokenizer)"""
+    env = os.environ | {'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines() == ['falcon-h1 (1, 3, 257) None', 'mamba1 (1, 3, 48) None', 'rwkv7 (1, 3, 97) None']
+
+
 class Evil:
     def __init__(self, path): self.path = path
     def __reduce__(self): return open, (self.path, 'w')
@@ -175,7 +207,7 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     assert not (tmp_path/'ran').exists()
 
 
-@pytest.mark.parametrize('name', ['tiny://nobody', 'mock://gpt-tiny', 'http://x', 'no/such-folder-here', ''])
+@pytest.mark.parametrize('name', ['tiny://nobody', 'mock://gpt-tiny', 'http://x', 'no/such-folder-here', 'no/such/file.pth', ''])
 def test_unknown_names_list_the_choices(name, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(ValueError, match='expected'): load_model(name)

@@ -12,6 +12,7 @@ from oracle_rwkv7 import Net, archive, hub, hub_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from circuitbench.hook import HookedModel
 from circuitbench.layout import from_pth
 from circuitbench.models import rwkv7
 from circuitbench.models.rwkv7 import Rwkv7Config, Rwkv7ForCausalLM
@@ -228,6 +229,21 @@ def test_the_config_of_the_hub_is_read(folder):
                                           ('value_dim', [256, 128]), ('head_dim', 48)])
 def test_variants_that_are_not_served_are_refused(field, value):
     with pytest.raises(ValueError, match='got .*expected'): Rwkv7Config(hidden_size=128, **{field: value})
+
+
+@pytest.mark.parametrize('name', ['usual', 'narrow heads, no first v'])
+def test_every_site_equals_the_float64_loop(files, name):
+    "All that HookedModel shows, against a token at a time in numpy; the first token is ill-conditioned before its group norm."
+    w, ids = torch.load(files[name], weights_only=True), tokens(40)
+    net = Net(w, every=True)
+    net(ids)
+    opened = HookedModel(from_pth(files[name], torch.float32))
+    out, cache = opened.run_with_cache([ids], '*')
+    assert set(cache) <= set(net.sites) and len(cache) == 2 + 19*opened.n_layers
+    for site, want in ((n, torch.from_numpy(net.sites[n])) for n in cache):
+        got = cache[site][0].double()
+        assert got.shape == want.shape, site
+        assert gap(got, want) <= 5e-5*max(1, float(want.abs().max())), site
 
 
 def test_everything_wrong_with_an_archive_is_named(tmp_path):
