@@ -168,10 +168,13 @@ def _folded(x: Tensor, q: int) -> Tensor:
 def _delta_part(v, k, r, log_w, kappa, erase, S, decayed, short, span):
     "A few chunks of `delta_chunk`: the read-outs of each, and the state (batch*head, d_head, d_state) after them."
     q = v.shape[2]
-    c = log_w.double().clamp(min=-800.).cumsum(2)    # exp(-746) is 0 in float64 too, and differences stay finite
+    gentle, v = span is not None and span >= q, v.contiguous()
+    c = log_w.double()
+    if not gentle: c = c.clamp(min=-800.)            # exp(-746) is 0 in float64 too, and differences stay finite
+    c = c.cumsum(2)
     if short: kappa, keys = erase*kappa, (k,)
     else: keys = erase, k
-    if span is not None and span >= q: M, seen, left = _gentle(kappa, r, keys, c, decayed)
+    if gentle: M, seen, left = _gentle(kappa, r, keys, c, decayed)
     else:
         reads, rest = torch.stack([kappa, r], 2), torch.exp((c[:, :, -1:] - c).to(v.dtype))
         at = c[:, :, None] if decayed else torch.stack([F.pad(c[:, :, :-1], (0, 0, 1, 0)), c], 2)    # 1 or 2, q n
@@ -180,9 +183,11 @@ def _delta_part(v, k, r, log_w, kappa, erase, S, decayed, short, span):
     base = F.pad(-v, (0, 0, 0, q)) if short else M[..., q:].masked_fill(_future(q, M.device), 0.) @ v
     Z = [None]*len(v) if short else v.mT @ left[1]                        # what the writes leave at the end
     R, keep, ys = M[:, :, q:, :q].tril(), torch.exp(c[:, :, -1:]).to(v.dtype), []
-    for A, Ri, bi, si, li, Zi, ki in zip(M[:, :, :q, :q], R, base, seen, left[0], Z, keep):        # chunk after chunk
+    one = torch.eye(q, dtype=M.dtype, device=M.device).expand(*M.shape[:2], q, q)
+    T = torch.linalg.solve_triangular(M[:, :, :q, :q], one, upper=False, unitriangular=True)  # sees the lower part only
+    for Ti, Ri, bi, si, li, Zi, ki in zip(T, R, base, seen, left[0], Z, keep):                # chunk after chunk
         both = torch.baddbmm(bi, si, S.mT)                                # 2q p
-        u = torch.linalg.solve_triangular(A, both[:, :q], upper=False, unitriangular=True)    # sees A's lower part only
+        u = Ti @ both[:, :q]
         ys.append(torch.baddbmm(both[:, q:], Ri, u, alpha=-1))
         S = torch.baddbmm(S*ki if Zi is None else torch.addcmul(Zi, S, ki), u.mT, li, alpha=-1)
     return ys, S
