@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .attach import attach, check_points, keep_padding_out
 from .chart import heatmap
-from .draw import esc, token_strip
+from .draw import esc, token_strip, wrap
 from .edit import Edit, Meta, Rows, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read, Tap
 from .seam import swapped
@@ -356,7 +356,7 @@ def activation_view(
     name = site if site in cache else f'blocks.{block}.{site}'
     if name not in cache:
         have = spans(sorted({int(n.split('.')[1]) for n in cache if short(n) == site}))
-        return f'<p>Block {block} has no {esc(site)}; blocks {have} have it.</p>'
+        return wrap(f'<p>Block {block} has no {esc(site)}; blocks {have} have it.</p>')
     value, tokens = cache[name][0].detach().float(), cache.tokens[0]
     has_heads = site in BLOCK_SITES and BLOCK_SITES[site].has_heads
     one_head = has_heads and value.dim() > 2
@@ -364,6 +364,9 @@ def activation_view(
     position = range(len(tokens))[position]
     label = [f'{i} {t}' for i, t in enumerate(tokens)]
     strip = token_strip(tokens, SCALARS[scalar](value), f'{where}: {scalar} at each token', mark=[position])
+    if site == 'attn.pattern':
+        keys = [f'meta {i}' for i in range(value.shape[1] - len(tokens))] + label
+        return strip + heatmap(value, rows=label, cols=keys, title=where, xlabel='key', ylabel='query', signed=False)
     if value.dim() == 3:
         where = f'{where} after token {label[position]!r}'
         return strip + heatmap(value[position], title=where, xlabel='d_state', ylabel='d_head', signed=True)
