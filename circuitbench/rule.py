@@ -37,19 +37,14 @@ def tapped_delta(
     v, key, k, r = scaled(tap('ssm.x', v)), k, tap('ssm.B', k), tap('ssm.C', r)
     if erase.dim() == 4: erase = tap('ssm.erase', erase)
     elif k is not key or tap.wants('ssm.erase'): erase = tap('ssm.erase', erase[..., None]*key)
-    w = None
-    if tap.wants('ssm.decay'): log_w, w = _tapped_decay(tap, log_w.to(torch.promote_types(v.dtype, torch.float32)))
+    w, stops = None, tap.stops(v.shape[1])
+    if tap.wants('ssm.decay'):
+        computed = torch.exp(log_w.to(torch.promote_types(v.dtype, torch.float32)))
+        w = tap('ssm.decay', computed)
+        if w is not computed and w.requires_grad: stops = range(v.shape[1])          # the decays are on the way to y
     at = lambda name, x, t: (x if w is None else w[:, t]) if name == 'decay' else tap.at(f'ssm.{name}', x, t)
-    y, S = delta(v, k, r, log_w, kappa, erase, state, decayed, tap.stops(v.shape[1]), at)
+    y, S = delta(v, k, r, log_w, kappa, erase, state, decayed, stops, at)
     return tap('ssm.y', y), S
-
-def _tapped_decay(tap, log_w: Tensor) -> tuple[Tensor, Tensor]:
-    "The log-decays of the steps at which nothing stops, and the decays of those where something does."
-    w = torch.exp(log_w)
-    new = tap('ssm.decay', w)
-    if new is w: return log_w, w
-    # the same log-decay bit for bit where w is not edited, but a function of what the tap gave back, for gradients
-    return log_w.detach() + (new - w.detach())/w.detach().clamp_min(torch.finfo(w.dtype).tiny), new
 
 # %% ../nbs/07_rule.ipynb #makers-code
 def _unit(x: Tensor) -> Tensor:

@@ -223,6 +223,16 @@ def test_gradients_equal_finite_differences_in_float64(model, ids):
             assert abs(want - got) <= 2e-5*max(1, abs(want)), (name, float(want), float(got))
 
 
+def test_a_gradient_does_not_depend_on_what_else_is_read(recurrent, ids):
+    "A decay read alone is on the way to the read-outs, although the scan need not stop there to read it."
+    out, every = recurrent.run_with_cache(ids, 'blocks.0.*', grad=True)
+    want = every.grad(out.logits[0, -1, 3])
+    for name in (n for n in want if '.ssm.' in n):
+        out, cache = recurrent.run_with_cache(ids, name, grad=True)
+        got = cache.grad(out.logits[0, -1, 3])[name]
+        assert top(got - want[name]) <= 1e-4*max(1e-3, top(want[name])) and top(got) > 0, name
+
+
 def test_nothing_stays_behind(model, ids):
     def fail(x): raise RuntimeError('stop')
     for name in model._names:
