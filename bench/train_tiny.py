@@ -124,7 +124,7 @@ def configure(name, vocab):
         'mamba1': lambda: MambaConfig(**shared, **wide, state_size=16),
         'hybrid': lambda: FalconH1Config(
             **shared, **attention, num_hidden_layers=4, intermediate_size=320, mamba_d_ssm=192, mamba_n_heads=6,
-            mamba_d_head=32, mamba_d_state=32, mamba_n_groups=1, mamba_chunk_size=32),
+            mamba_d_head=32, mamba_d_state=64, mamba_n_groups=1, mamba_chunk_size=32),
         'jamba': lambda: JambaConfig(
             **shared, **attention, num_hidden_layers=6, intermediate_size=208, attn_layer_period=3,
             attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=10),
