@@ -10,7 +10,6 @@ import math
 import re
 import zipfile
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Mamba2Config, MambaConfig, PretrainedConfig
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from .models.mamba2attn import Mamba2AttnConfig
 from .models.rwkv7 import Rwkv7Config, Rwkv7ForCausalLM
@@ -119,9 +117,6 @@ def _mamba2(c: dict, ssm: Mapping, shared: dict) -> Mamba2Config:
     if inner % s['headdim'] or inner//s['headdim'] % s['ngroups']:
         raise ValueError(f"got ssm_cfg headdim={s['headdim']} and ngroups={s['ngroups']}, expected a divisor of "
                          f'expand*d_model = {inner}, and of the number of heads')
-    if s['ngroups'] > 1 and not _GROUPED:
-        raise ValueError(f"got ssm_cfg ngroups={s['ngroups']}, expected 1, or transformers >= 5.23: "
-                         'earlier ones take one norm over all groups')
     limit = s['dt_limit']
     if len(limit) != 2 or not all(isinstance(v, (int, float)) for v in limit):
         raise ValueError(f'got ssm_cfg dt_limit={limit!r}, expected the least and the greatest step size')
@@ -129,8 +124,6 @@ def _mamba2(c: dict, ssm: Mapping, shared: dict) -> Mamba2Config:
         state_size=s['d_state'], head_dim=s['headdim'], num_heads=inner//s['headdim'], n_groups=s['ngroups'],
         chunk_size=s['chunk_size'], time_step_limit=tuple(map(float, limit)), **_both(s), **shared)
     return Mamba2AttnConfig(**fields, **_attention(c)) if c['attn_layer_idx'] else Mamba2Config(**fields)
-
-_GROUPED = 'group_size' in signature(MambaRMSNormGated).parameters
 
 def _both(s: dict) -> dict:
     "What Mamba-1 and Mamba-2 name alike."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODEL_SITES', 'BLOCK_SITES', 'PER_STEP', 'ALIASES', 'MODEL_POINTS', 'SCAN_SITES', 'DELTA_SITES', 'SIGNATURES', 'Site',
            'SiteTable', 'spans', 'SiteError', 'short', 'canonical', 'resolve', 'Point', 'block_points', 'attn_sizes',
-           'mamba1_sizes', 'mamba2_sizes', 'delta_sizes', 'Adapter', 'has_module', 'register', 'families',
-           'adapter_for', 'check_transformers', 'family_table']
+           'mamba1_sizes', 'mamba2_sizes', 'delta_sizes', 'gated_delta_sizes', 'Adapter', 'has_module', 'register',
+           'families', 'adapter_for', 'check_transformers', 'family_table']
 
 # %% ../nbs/08_site.ipynb #4a5c6023
 from collections.abc import Callable, Iterable, Mapping
@@ -164,6 +164,7 @@ def block_points(
     scale: float = 1.,  # of what each branch adds to the residual stream
     in_proj: str | None = 'in_proj',  # names within the recurrence's module; None: there is no fused one
     out_proj: str = 'out_proj',
+    qk: str = '{}_proj',  # what gives queries and keys before the rotation: '{}_norm' where they have one
 ) -> dict[str, Point]:
     "The points of a block in transformers' usual order: norm, mixer, residual, norm, MLP, residual."
     points = {'resid_pre': Point('', 'in'), 'resid_post': Point('')}
@@ -174,7 +175,8 @@ def block_points(
         if in_proj: points['ssm.in_proj'] = Point(f'{ssm}.{in_proj}')
     if attn:
         points |= {'attn': Point(attn), 'attn.z': Point(f'{attn}.o_proj', 'in'), 'attn.out': Point(attn, scale=scale),
-                   'mixer_out': Point(attn, scale=scale)} | {f'attn.{x}': Point(f'{attn}.{x}_proj') for x in 'qkv'}
+                   'mixer_out': Point(attn, scale=scale), 'attn.v': Point(f'{attn}.v_proj')}
+        points |= {f'attn.{x}': Point(f'{attn}.{qk.format(x)}') for x in 'qk'}
     if mlp:
         points |= {'mlp_in': Point(mlp_norm) if mlp_norm else Point(mlp, 'in'), 'mlp_out': Point(mlp, scale=scale)}
         if mixer: points['resid_mid'] = Point(mlp_norm or mlp, 'in', rejoin=True)
@@ -203,6 +205,13 @@ def delta_sizes(heads: int, d_head: int, keys: int, d_state: int) -> dict[str, i
     "The sizes of the axes of a gated delta net: `heads` value heads of d_head, `keys` key heads of d_state."
     inner, conv = heads*d_head, heads*d_head + 2*keys*d_state
     return dict(d_inner=inner, d_conv=conv, d_in_proj=conv + inner, head=heads, d_head=d_head, d_state=d_state)
+
+def gated_delta_sizes(
+    config,  # with the field names of transformers' gated delta nets
+) -> dict[str, int]:
+    "The sizes of all axes of a model with gated delta nets and attention."
+    return attn_sizes(config) | delta_sizes(config.linear_num_value_heads, config.linear_value_head_dim,
+                                            config.linear_num_key_heads, config.linear_key_head_dim)
 
 # %% ../nbs/08_site.ipynb #Adapter
 MODEL_POINTS = MappingProxyType({'embed': Point('model.embed_tokens'), 'logits': Point('lm_head')})
@@ -239,7 +248,7 @@ class Adapter:
     heavy: tuple[str, ...] = PER_STEP
     "Sites as large as L copies of the memory: read only when named."
     gate: Callable | None = None
-    "(module of the recurrence, hear, stack): opens a gate that acts in a module of its own, see `seam`."
+    "(module of the recurrence, hear, hook): opens a gate that acts in a module of its own, see `seam`."
     meta: Callable = lambda config: 0
     "config -> how many meta tokens the model puts before every prompt."
     beside: tuple[str, ...] = ()

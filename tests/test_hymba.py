@@ -88,10 +88,10 @@ def test_low_precision_stays_near_numpy(dtype, n, tol):
 
 def test_float64_stays_float64(model):
     assert logits(model, tokens(5)).dtype == torch.float64
-    cache = model(tokens(1, 9), use_cache=True)[hymba._CACHE]
+    cache = model(tokens(1, 9), use_cache=True)[hymba.CACHE]
     assert {t.dtype for layer in cache.layers for t in (layer.conv_states[0], layer.recurrent_states[0])} == {torch.float64}
     half = draw(HymbaForCausalLM(small(37)).bfloat16())
-    cache = half(tokens(1, 9), use_cache=True)[hymba._CACHE]
+    cache = half(tokens(1, 9), use_cache=True)[hymba.CACHE]
     half(tokens(1, 1), cache=cache)
     assert cache.layers[2].recurrent_states[0].dtype == torch.float32 and cache.layers[2].conv_states[0].dtype == torch.bfloat16
 
@@ -222,7 +222,7 @@ def test_readers_use_the_keys_and_values_of_their_owner(reader):
     logits(model, ids)
     assert gap(seen[1], 2*seen[2]) < 1e-12 and not hasattr(mixer, 'k') and not hasattr(mixer, 'v')
     assert mixer.in_proj.out_features == owner.mamba.in_proj.out_features - 2*16 - 2*32
-    cache = model(ids, use_cache=True)[hymba._CACHE]
+    cache = model(ids, use_cache=True)[hymba.CACHE]
     assert cache.layers[reader].keys is None and cache.layers[1].keys.shape == (1, 2, 24, 16) and cache.layers[1].values.shape == (1, 2, 24, 32)
 
 
@@ -353,7 +353,7 @@ def test_cached_generation_is_uncached_generation(model):
     assert torch.equal(cached.sequences, plain.sequences) and cached.sequences.shape == (2, 69)
     assert max(gap(a, b) for a, b in zip(cached.logits, plain.logits)) < 1e-5         # generate keeps logits in float32
     full = logits(model, cached.sequences)[:, 4:-1]
-    assert torch.equal(full.argmax(-1), cached.sequences[:, 5:]) and cached[hymba._CACHE].get_seq_length() == 68
+    assert torch.equal(full.argmax(-1), cached.sequences[:, 5:]) and cached[hymba.CACHE].get_seq_length() == 68
 
 
 def test_upstream_generation_follows_its_own_window():
@@ -378,7 +378,7 @@ def test_generation_goes_on_from_a_cache(model):
     model(ids[:, :7], cache=cache)
     options = OPTIONS | dict(max_new_tokens=12)
     want = model.generate(ids, **options).sequences
-    name = hymba._CACHE
+    name = hymba.CACHE
     assert torch.equal(model.generate(ids, **{name: cache}, **options).sequences, want)
     chunked = model.generate(ids, prefill_chunk_size=4, **options).sequences
     assert torch.equal(chunked, want)

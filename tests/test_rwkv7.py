@@ -32,7 +32,7 @@ def tokens(n, batch=None, vocab=97, seed=0):
     return ids if batch else ids[0].tolist()
 
 
-def kept(out): return getattr(out, rwkv7._CACHE)    # transformers renamed it in 5.24
+def kept(out): return getattr(out, rwkv7.CACHE)    # transformers renamed it in 5.24
 
 
 def gap(a, b): return float((a.double() - b.double()).abs().max())

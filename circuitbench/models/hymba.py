@@ -8,7 +8,6 @@ __all__ = ['ADAPTER', 'joined', 'HymbaMixer', 'HymbaMLP', 'HymbaMoE', 'HymbaDeco
 
 # %% ../../nbs/15_hymba.ipynb #hymba-imports
 import math
-from dataclasses import fields
 from types import MappingProxyType
 
 import torch
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..hymba_rows import (
     PUBLISHED, HymbaCache, HymbaConfig, HymbaRMSNorm, Rows, attention, attention_weights, call_rows, causal_conv1d_fn,
     causal_conv1d_update, mamba_selective_scan, mamba_selective_state_update, per_query_head, rotated, wide)
-from ..seam import MAMBA1, tapped_attention
+from ..seam import CACHE, MAMBA1, tapped_attention
 from ..site import SCAN_SITES, Adapter, Point, block_points, mamba1_sizes, register
 
 # %% ../../nbs/15_hymba.ipynb #hymba-mixer
@@ -195,9 +194,6 @@ class HymbaPreTrainedModel(PreTrainedModel):
         elif module.kind == 'A': init.copy_(p, torch.arange(1., p.shape[1] + 1).log().expand_as(p))
         else: init.ones_(p)
 
-# what transformers calls the cache, in its calls and results: `cache` from 5.24 on
-_CACHE = 'cache' if 'cache' in {f.name for f in fields(CausalLMOutputWithPast)} else 'past_key_values'
-
 class HymbaModel(HymbaPreTrainedModel):
     "The layers between embedding and head; its rows are those of the text, meta tokens taken off."
     def __init__(self, config: HymbaConfig):
@@ -247,7 +243,7 @@ class HymbaModel(HymbaPreTrainedModel):
         x = self.final_layernorm(x)[:, text]
         return BaseModelOutputWithPast(
             last_hidden_state=x, hidden_states=(*hidden, x) if keep else None,
-            attentions=tuple(patterns) if weights else None, **{_CACHE: cache})
+            attentions=tuple(patterns) if weights else None, **{CACHE: cache})
 
 def _real(mask: Tensor | None, cache: HymbaCache | None, batch: int, past: int, new: int) -> Tensor | None:
     "The mask as booleans, None where nothing is padded; ValueError if it does not cover all columns."
@@ -294,7 +290,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         logits = logits.to(wide(logits.dtype))
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states,
-                                     attentions=out.attentions, **{_CACHE: out[_CACHE] if _CACHE in out else None})
+                                     attentions=out.attentions, **{CACHE: out[CACHE] if CACHE in out else None})
         return out.to_tuple() if return_dict is False else out
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -302,8 +298,8 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, 'dynamic'):
             raise ValueError(f'got cache_implementation={generation_config.cache_implementation!r}, '
                              "expected None or 'dynamic'")
-        if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
-            model_kwargs[_CACHE] = HymbaCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = HymbaCache(self.config)
 
 AutoConfig.register('hymba', HymbaConfig, exist_ok=True)
 AutoModelForCausalLM.register(HymbaConfig, HymbaForCausalLM, exist_ok=True)

@@ -27,10 +27,8 @@ def points(config: Lfm2Config, i: int) -> dict[str, Point]:
     "The points of block i."
     attn = config.layer_types[i] == 'full_attention'
     p = block_points('operator_norm', **({'attn': 'self_attn'} if attn else {'ssm': 'conv'}), mlp='feed_forward',
-                     mlp_norm='ffn_norm')
-    if not attn: return p
-    return p | {f'attn.{x}': Point(f'self_attn.{x}_layernorm') for x in 'qk'} | {
-        'attn.z': Point('self_attn.out_proj', 'in')}
+                     mlp_norm='ffn_norm', qk='{}_layernorm')
+    return p | ({'attn.z': Point('self_attn.out_proj', 'in')} if attn else {})
 
 ADAPTER = register(Adapter(
     family='lfm2', model_types=('lfm2',), module='transformers.models.lfm2.modeling_lfm2', small=small, sizes=sizes,

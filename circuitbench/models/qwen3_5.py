@@ -10,7 +10,7 @@ from transformers import Qwen3_5TextConfig
 
 from ..rule import GATED_DELTA
 from ..seam import ATTENTION, gate_last, norm_gate
-from ..site import DELTA_SITES, Adapter, Point, attn_sizes, block_points, delta_sizes, register
+from ..site import DELTA_SITES, Adapter, Point, block_points, gated_delta_sizes, register
 
 # %% ../../nbs/23_qwen3_5.ipynb #qwen3_5-adapter
 def small(vocab_size: int, **changes) -> Qwen3_5TextConfig:
@@ -22,17 +22,14 @@ def small(vocab_size: int, **changes) -> Qwen3_5TextConfig:
 
 def sizes(config: Qwen3_5TextConfig) -> dict[str, int]:
     "The size of each axis."
-    s = attn_sizes(config) | delta_sizes(
-        config.linear_num_value_heads, config.linear_value_head_dim, config.linear_num_key_heads,
-        config.linear_key_head_dim)
+    s = gated_delta_sizes(config)
     return s | {'d_in_proj': s['d_conv']}
 
 def points(config: Qwen3_5TextConfig, i: int) -> dict[str, Point]:
     "The points of block i."
-    attn = config.layer_types[i] == 'full_attention'
-    p = block_points('input_layernorm', **({'attn': 'self_attn'} if attn else {'ssm': 'linear_attn'}), mlp='mlp',
-                     mlp_norm='post_attention_layernorm', in_proj='in_proj_qkv')
-    return p | ({f'attn.{x}': Point(f'self_attn.{x}_norm') for x in 'qk'} if attn else {})
+    mixer = {'attn': 'self_attn'} if config.layer_types[i] == 'full_attention' else {'ssm': 'linear_attn'}
+    return block_points('input_layernorm', **mixer, mlp='mlp', mlp_norm='post_attention_layernorm',
+                        in_proj='in_proj_qkv', qk='{}_norm')
 
 ADAPTER = register(Adapter(
     family='qwen3-5', model_types=('qwen3_5_text',), small=small, sizes=sizes, points=points,

@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 
 from ..delta import delta
 from ..rule import tapped_delta
+from ..seam import CACHE
 from ..site import Adapter, Point, block_points, register
 
 # %% ../../nbs/16_rwkv7.ipynb #config
@@ -229,8 +230,6 @@ class Rwkv7Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x), cache=cache, mask=mask), v_first
 
 # %% ../../nbs/16_rwkv7.ipynb #model
-_CACHE = 'cache' if 'cache' in CausalLMOutputWithPast.__dataclass_fields__ else 'past_key_values'
-
 class Rwkv7PreTrainedModel(PreTrainedModel):
     "What transformers must know of the family."
     config_class = Rwkv7Config
@@ -295,7 +294,7 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
             x, v_first = block(x, v_first=v_first, cache=cache, mask=mask)
         x = self.norm(x)
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(x, hidden_states=(*seen, x) if asked else None, **{_CACHE: cache})
+        return BaseModelOutputWithPast(x, hidden_states=(*seen, x) if asked else None, **{CACHE: cache})
 
 def _keep(mask: Tensor | None, x: Tensor) -> Tensor | None:
     "The mask of the positions of this call, True where they count; None where nothing is masked."
@@ -343,7 +342,7 @@ class Rwkv7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep])
         loss = None
         if labels is not None: loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{_CACHE: getattr(out, _CACHE)})
+        return CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
 
 AutoConfig.register('rwkv7', Rwkv7Config, exist_ok=True)
 AutoModelForCausalLM.register(Rwkv7Config, Rwkv7ForCausalLM, exist_ok=True)
