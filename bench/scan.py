@@ -15,10 +15,12 @@ from circuitbench.hook import HookedModel
 from circuitbench.models import mamba2  # noqa: F401, registers the family
 from circuitbench.scan import scan_loop, selective_chunk, ssd_chunk
 
+SHAPES = {'mamba2 24x64x128': (24, 64, 128), 'mamba1 1536x16': (1536, 1, 16), 'hymba 3200x16': (3200, 1, 16)}
 
-def inputs(length, mamba1):
+
+def inputs(length, h, p, n):
     "A scan's inputs laid out as in transformers: Mamba-1 has the channels of x and dt before the positions."
-    h, p, n = (1536, 1, 16) if mamba1 else (24, 64, 128)
+    mamba1 = p == 1
     A = -torch.arange(1., n + 1).expand(h, n).contiguous() if mamba1 else -torch.arange(1., h + 1)
     rows = lambda *size: torch.randn(1, *size, length).movedim(-1, 1) if mamba1 else torch.randn(1, length, *size)
     return dict(x=rows(h, p), dt=F.softplus(rows(h) - 3), A=A,
@@ -52,9 +54,10 @@ def measured(f, v, backward):
 
 def scans(o):
     rows = []
-    for mamba1 in (False, True):
+    for name, shape in SHAPES.items():
+        mamba1 = shape[1] == 1
         for length in (64, 256) if o.quick else (64, 256, 1024, 4096):
-            v = inputs(length, mamba1)
+            v = inputs(length, *shape)
             calls = calls_on(v, mamba1)
             off = float((calls['ours']() - calls['transformers']()).abs().max())
             for backward in (False, True):
@@ -63,7 +66,7 @@ def scans(o):
                 left_out = slow if backward and length > 256 else ()
                 run = {k: measured(f, v, backward) for k, f in calls.items() if k not in left_out}
                 t = alternate(run, o.seconds, 3)
-                row = dict(scan='mamba1 1536x16' if mamba1 else 'mamba2 24x64x128', length=length,
+                row = dict(scan=name, length=length,
                            what='fwd+bwd' if backward else 'forward', ours_ms=t['ours']*1e3)
                 for k in ('transformers', 'loop'): row[f'{k}_ms'] = t[k]*1e3 if k in t else '-'
                 for k in ('transformers', 'loop'): row[f'x_{k}'] = t[k]/t['ours'] if k in t else '-'

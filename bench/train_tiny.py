@@ -77,10 +77,10 @@ STAGES = {
     'mamba1': (Stage(2500, 5500, 3e-3, ((1, INDUCE),), OTHER[:1]),          # a step takes twice the time
                Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5)),
     **dict.fromkeys(('hybrid', 'jamba'), (
-        Stage(6000, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),                  # their induction heads come later
-        Stage(7000, 7000, 2.2e-3, LAST, OTHER, .05, .5))),
+        Stage(2500, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),
+        Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5))),
     'rwkv7': (Stage(2500, 9000, 3e-3, ((.17, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
-              Stage(7000, 7000, 2.2e-3, LAST, OTHER, .05, .5))}
+              Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5))}
 AVERAGED = {'mamba2': (10250, 12000, 13450)}     # the model that ships is the mean of these: better than each of them
 TASKS = KINDS[2:]
 
@@ -117,21 +117,40 @@ def configure(name, vocab):
     "A random model: 3.7 M parameters of the first two, about 2 M of the others."
     shared = dict(vocab_size=vocab, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     wide = dict(hidden_size=256, num_hidden_layers=6, expand=2, conv_kernel=4)
-    attention = dict(hidden_size=160, num_attention_heads=4, num_key_value_heads=2, initializer_range=.05)
+    attention = dict(hidden_size=160, num_attention_heads=4, num_key_value_heads=2, initializer_range=.08)
     config = {
         'mamba2': lambda: Mamba2Config(
             **shared, **wide, num_heads=8, head_dim=64, state_size=64, n_groups=1, chunk_size=32),
         'mamba1': lambda: MambaConfig(**shared, **wide, state_size=16),
         'hybrid': lambda: FalconH1Config(
             **shared, **attention, num_hidden_layers=4, intermediate_size=320, mamba_d_ssm=192, mamba_n_heads=6,
-            mamba_d_head=32, mamba_d_state=64, mamba_n_groups=1, mamba_chunk_size=32),
+            mamba_d_head=32, mamba_d_state=64, mamba_n_groups=1, mamba_chunk_size=32,
+            rope_parameters=dict(rope_type='default', rope_theta=1e11)),
         'jamba': lambda: JambaConfig(
             **shared, **attention, num_hidden_layers=6, intermediate_size=208, attn_layer_period=3,
             attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=10),
         'rwkv7': lambda: Rwkv7Config(
             **shared, hidden_size=160, num_hidden_layers=4, head_dim=32, intermediate_size=400, decay_low_rank_dim=16,
             a_low_rank_dim=16, v_low_rank_dim=8, gate_low_rank_dim=24)}[name]()
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    if name in ('hybrid', 'jamba'): start_as_mamba(model)
+    return model
+
+
+@torch.no_grad()
+def start_as_mamba(model):
+    """Draws time steps and convolutions as Mamba does (Gu and Dao 2023, section 3.6), and makes what blocks add small.
+
+    transformers begins these hybrids with convolutions of .05 and states that forget at once (dt of 1.3): on them no
+    induction appeared in 4,750 steps.
+    """
+    for n, p in model.named_parameters():
+        if n.endswith('conv1d.weight'): torch.nn.init.kaiming_uniform_(p, a=5**.5)
+        if n.endswith(('dt_bias', 'dt_proj.bias')):
+            dt = torch.empty_like(p).uniform_(math.log(1e-3), math.log(.1)).exp()
+            p.copy_(dt + torch.log(-torch.expm1(-dt)))                       # softplus of it is dt
+        if n.endswith(('o_proj.weight', 'out_proj.weight', 'down_proj.weight')):
+            p /= (2*model.config.num_hidden_layers)**.5
 
 
 def _mamba2_scan(x, dt, A, B, C, chunk_size, D=None, dt_bias=None, dt_limit=(0., math.inf),

@@ -140,54 +140,71 @@ def selective_chunk(
         raise ValueError(f'got d_head {x.shape[3]} and {B.shape[2]}/{C.shape[2]} groups of B/C, expected 1 and 1/1: '
                          'scan_loop takes every shape')
     x, dt, A, B, C, S = _promote(x, dt, A, B, C, state)
-    q = chunk or max(4, min(32, 2**19//(x.shape[0]*A.numel())))
-    parts = x[..., 0], dt, A.mT, B[:, :, 0], C[:, :, 0], S[:, :, 0].mT
-    x, dt, A, B, C, S = (v.contiguous() for v in parts)        # transformers has the channels before the positions
-    y, S = _Selective.apply(x*dt, dt, A, B, C, S, q)
-    return (y if D is None else y + D*x)[..., None], S.mT[:, :, None]
+    q = chunk or max(4, min(64, 3*2**20//(x.shape[0]*A.numel())))
+    y, S = _Selective.apply(x[..., 0], dt, A.mT, B[:, :, 0], C[:, :, 0], D, S[:, :, 0].mT, q)
+    return y[..., None], S.mT[:, :, None]
 
 class _Selective(torch.autograd.Function):
-    "S_t = exp(dt_t A) S_{t-1} + B_t u_t, y_t = C_t S_t with S (batch, d_state, channel) and u = dt x."
+    "S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t, y_t = C_t S_t + D x_t with S (batch, d_state, channel)."
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, S, q):
+    def forward(ctx, x, dt, A, B, C, D, S, q):
         "The read-outs and the final state; keeps the state at the start of each block of q steps."
-        y, starts, need = torch.empty_like(u), [], any(ctx.needs_input_grad)
-        for i in range(0, u.shape[1], q):
+        x, dt, A, B, C = (_contiguous(v) for v in (x, dt, A, B, C))      # transformers has channels before positions
+        y, room, starts, need = torch.empty_like(x), _room(x, A, q), [], any(ctx.needs_input_grad)
+        for i in range(0, x.shape[1], q):
             if need: starts.append(S if i else S.clone())              # the caller may write over the first
-            H, _ = _selective_block(u[:, i:i + q], dt[:, i:i + q], A, B[:, i:i + q], S)
-            y[:, i:i + q] = (C[:, i:i + q, None] @ H)[:, :, 0]
+            w = slice(i, i + q)
+            H, _ = _selective_block(x[:, w], dt[:, w], A, B[:, w], S, room)
+            y[:, w] = (C[:, w, None] @ H)[:, :, 0]
+            if D is not None: y[:, w].addcmul_(D, x[:, w])
             S = H[:, -1].clone()
         ctx.q, ctx.starts = q, starts
-        ctx.save_for_backward(u, dt, A, B, C)
+        ctx.save_for_backward(x, dt, A, B, C, D)
         return y, S
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dS):
-        "Gradients of the six tensors, block by block from the last, each block's states computed again."
-        (u, dt, A, B, C), dy = ctx.saved_tensors, dy.contiguous()
-        du, ddt, dA, dB, dC = (torch.zeros_like(v) for v in (u, dt, A, B, C))
+        "Gradients of the seven tensors, block by block from the last, each block's states computed again."
+        (x, dt, A, B, C, D), dy = ctx.saved_tensors, _contiguous(dy)
+        room = _room(x, A, ctx.q)
+        dx, ddt, dA, dB, dC = (torch.zeros_like(v) for v in (x, dt, A, B, C))
         for k in reversed(range(len(ctx.starts))):
             w = slice(k*ctx.q, (k + 1)*ctx.q)
-            H, a = _selective_block(u[:, w], dt[:, w], A, B[:, w], ctx.starts[k])
+            H, a = _selective_block(x[:, w], dt[:, w], A, B[:, w], ctx.starts[k], room)
             G = C[:, w, :, None]*dy[:, w, None]            # gradient at each state, completed from the last step back
             G[:, -1] += dS
             for t in reversed(range(G.shape[1] - 1)):
                 torch.addcmul(G[:, t], a[:, t + 1], G[:, t + 1], out=G[:, t])
             dS = a[:, 0]*G[:, 0]
-            dC[:, w], dB[:, w] = (H @ dy[:, w, :, None])[..., 0], (G @ u[:, w, :, None])[..., 0]
-            du[:, w] = (B[:, w, None] @ G)[:, :, 0]
+            dC[:, w], dB[:, w] = (H @ dy[:, w, :, None])[..., 0], (G @ (dt[:, w]*x[:, w])[..., None])[..., 0]
+            du = (B[:, w, None] @ G)[:, :, 0]
+            torch.mul(du, dt[:, w], out=dx[:, w])
             a[:, 1:] *= H[:, :-1]
             a[:, 0] *= ctx.starts[k]
             a *= G                                         # gradient at the log-decay dt A
-            ddt[:, w] = (a*A).sum(2)
+            torch.addcmul((a*A).sum(2), du, x[:, w], out=ddt[:, w])
             dA += (a*dt[:, w, None]).sum((0, 1))
-        return du, ddt, dA, dB, dC, dS, None
+        dD = None if D is None else (dy*x).sum((0, 1))
+        return dx if D is None else dx.addcmul_(D, dy), ddt, dA, dB, dC, dD, dS, None
 
-def _selective_block(u, dt, A, B, S):
-    "All states of a few steps (batch, pos, d_state, channel) and their decays."
-    a, H = torch.exp_(dt[:, :, None]*A), u[:, :, None]*B[..., None]
-    for t in range(H.shape[1]): S = torch.addcmul(H[:, t], a[:, t], S, out=H[:, t])
+def _contiguous(v):
+    "A contiguous copy matrix by matrix, which torch turns three times as fast as a batch; v itself if it is one."
+    if v.is_contiguous(): return v
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for o, m in zip(out, v): o.copy_(m)
+    return out
+
+def _room(x, A, q):
+    "Room for a block's decays and states, used block after block: fresh memory would cost as much as filling it."
+    return x.new_empty(2, len(x), min(q, x.shape[1]), *A.shape)
+
+def _selective_block(x, dt, A, B, S, room):
+    "All states of a few steps (batch, pos, d_state, channel) and their decays, written into `room`."
+    a, H = room[:, :, :x.shape[1]]
+    torch.mul(dt[:, :, None], A, out=a).exp_()
+    torch.mul((dt*x)[:, :, None], B[..., None], out=H)
+    for h, a_t in zip(H.unbind(1), a.unbind(1)): S = h.addcmul_(a_t, S)
     return H, a
 
 # %% ../nbs/01_scan.ipynb #scan
