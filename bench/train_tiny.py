@@ -127,7 +127,7 @@ def configure(name, vocab):
             mamba_d_head=32, mamba_d_state=64, mamba_n_groups=1, mamba_chunk_size=32,
             rope_parameters=dict(rope_type='default', rope_theta=1e11)),
         'jamba': lambda: JambaConfig(
-            **shared, **attention, num_hidden_layers=6, intermediate_size=208, attn_layer_period=3,
+            **shared, **attention, num_hidden_layers=5, intermediate_size=280, attn_layer_period=3,
             attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=10),
         'rwkv7': lambda: Rwkv7Config(
             **shared, hidden_size=160, num_hidden_layers=4, head_dim=32, intermediate_size=400, decay_low_rank_dim=16,

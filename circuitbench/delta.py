@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .scan import segments
+
 # %% ../nbs/06_delta.ipynb #delta-loop
 def _outside_autocast(f: Callable) -> Callable:
     "f without autocast, which would put its products into half precision: a recurrence adds up its rounding."
@@ -203,25 +205,30 @@ def delta(
     erase: Tensor,  # (batch, pos, head, d_state) or (batch, pos, head)
     state: Tensor | None = None,  # (batch, head, d_head, d_state)
     decayed: bool = False,  # does the removal look into the decayed state?
-    stops: Sequence[int] = (),  # steps at which `tap` is called, ascending
-    tap: Callable[[str, Tensor, int], Tensor] | None = None,  # (name, value at the step, step) -> value
+    stops: Sequence[int] = (),  # steps at which `tap` may change something, ascending
+    tap: Callable[[str, Tensor, int], Tensor] | None = None,  # (name, value, step) -> value
+    reads: Sequence[int] = (),  # steps whose state `tap` only sees, ascending
 ) -> tuple[Tensor, Tensor]:
     """Delta rule that is fast between stops and open at them: y and the final state.
 
     At each stop t, `tap('decay', w_t, t)`, `tap('write', v_t k_t^T, t)` and `tap('state', S_t, t)` are called in this
-    order, with shapes that lack the pos axis.
+    order, with shapes that lack the pos axis; of the reads `tap('states', S, t)` as by `circuitbench.scan.scan`.
     """
     v, k, r, log_w, kappa, erase, S = _promote(v, k, r, log_w, kappa, erase, state)
-    ys, at, full = [], 0, _removal(erase, k) if len(stops) else None
-    for t in (*stops, v.shape[1]):
-        if at < t:
-            fast = delta_loop if t - at < 4 else delta_chunk
-            y, S = fast(*(x[:, at:t] for x in (v, k, r, log_w, kappa, erase)), S, decayed)
-            ys.append(y)
-        if t == v.shape[1]: break
-        w = tap('decay', torch.exp(log_w[:, t]), t)
-        write = tap('write', v[:, t, ..., None]*k[:, t, :, None], t)
-        S = tap('state', delta_step(S, w, write, kappa[:, t], full[:, t], decayed), t)
-        ys.append(_times(S, r[:, t])[:, None])
-        at = t + 1
+    ys, full = [], _removal(erase, k) if len(stops) else None
+    for kind, lo, hi in segments(v.shape[1], stops, reads, 2**24//S.numel()):
+        if kind == 'stop':
+            w = tap('decay', torch.exp(log_w[:, lo]), lo)
+            write = tap('write', v[:, lo, ..., None]*k[:, lo, :, None], lo)
+            S = tap('state', delta_step(S, w, write, kappa[:, lo], full[:, lo], decayed), lo)
+            ys.append(_times(S, r[:, lo])[:, None])
+            continue
+        part = *(x[:, lo:hi] for x in (v, k, r, log_w, kappa, erase)), S, decayed
+        fast = delta_loop if hi - lo < 4 else delta_chunk
+        y, S = delta_loop(*part, states=True) if kind == 'states' else fast(*part)
+        ys.append(y)
+        if kind == 'read': tap('states', S[:, None], hi - 1)
+        if kind == 'states':
+            tap('states', S, lo)
+            S = S[:, -1]
     return torch.cat(ys, 1), S

@@ -62,27 +62,38 @@ class Listener:
                 if self.path:
                     x = x.view_as(x)                         # a tensor of its own on the way to the logits
                     self.paths.setdefault(name, []).append((x, pick))
-                self.pos.setdefault(name, []).extend(p + self.meta if isinstance(read.at, Rows) else p for p in pos)
-                self._keep(name, pick(x), read)
+                self._keep(name, pick(x), read, pos)
         return x
 
-    def _keep(self, name: str, x: Tensor, read: Read):
+    def see(self, name: str, x: Tensor, pos: list[int]):
+        "Keeps what is read of a site that nobody edits: rows x (batch, len(pos), ...) at ascending positions."
+        read = self.reads[name]
+        chosen = {*positions(read.at, pos[0], pos[-1] + 1, self.prompt)[0]}
+        rows = [i for i, p in enumerate(pos) if p in chosen]
+        if rows: self._keep(name, _picker(rows, read, x)(x), read, [pos[i] for i in rows])
+
+    def _keep(self, name: str, x: Tensor, read: Read, pos: list[int]):
         """Adds rows; those of single steps go straight into one tensor for the whole call.
 
         A list of all states, concatenated in the end, would need twice the memory.
         """
         x = x if self.path else x.detach()
         if read.dtype is not None: x = x.to(read.dtype)
-        parts = self.parts.setdefault(name, [])
+        parts, at = self.parts.setdefault(name, []), self.pos.setdefault(name, [])
+        label = lambda pos: [p + self.meta for p in pos] if isinstance(read.at, Rows) else pos
         if self.path or short(name) not in PER_STEP or self.length == 1:
             parts.append(x)
+            at += label(pos)
             return
-        if not parts or parts[-1].filled == parts[-1].rows.shape[1]:
+        if not parts or parts[-1].lo != self.lo:
             hi = self.lo + self.length
-            n = len(positions(read.at, hi - self.rows, hi, self.prompt)[0])
-            parts.append(SimpleNamespace(rows=x.new_empty(x.shape[0], n, *x.shape[2:]), filled=0))
-        parts[-1].rows[:, parts[-1].filled] = x[:, 0]
-        parts[-1].filled += 1
+            every, _ = positions(read.at, hi - self.rows, hi, self.prompt)
+            place, rows = {p: i for i, p in enumerate(every)}, x.new_empty(x.shape[0], len(every), *x.shape[2:])
+            parts.append(SimpleNamespace(lo=self.lo, place=place, rows=rows))
+            at += label(every)
+        rows = [parts[-1].place[p] for p in pos]
+        joined = rows[-1] - rows[0] == len(rows) - 1            # a slice is written much faster than a list of rows
+        parts[-1].rows[:, slice(rows[0], rows[-1] + 1) if joined else rows] = x
 
     @property
     def heard(self) -> dict[str, Tensor]:
@@ -115,14 +126,28 @@ class Tap:
         return self.listener(self.prefix + site, x[:, None], self.first + t)[:, 0] if self.wants(site) else x
 
     def stops(self, length):
-        "Steps of this call where the state or the write is wanted, or the decay is edited."
-        ear, stops = self.listener, set()
-        hi = ear.lo + ear.length
-        self.first = hi - length                             # the position of the scan's first step
-        wanted = [ear.reads[self.prefix + s].at for s in PER_STEP if self.prefix + s in ear.reads]
-        wanted += [e.pos for s in (*PER_STEP, 'ssm.decay') for e in ear.edits.get(self.prefix + s, ())]
-        for at in wanted: stops.update(positions(at, self.first, hi, ear.prompt)[0])
-        return sorted(p - self.first for p in stops)
+        "Steps where the state, the write or the decay is edited, or lies on the way of a gradient."
+        ear, prefix = self.listener, self.prefix
+        wanted = [e.pos for s in (*PER_STEP, 'ssm.decay') for e in ear.edits.get(prefix + s, ())]
+        if ear.path: wanted += [ear.reads[prefix + s].at for s in PER_STEP if prefix + s in ear.reads]
+        return sorted({t for at in wanted for t in self._steps(at, length)})
+
+    def reads(self, site, length, stops):
+        "Steps where the state or the write is read, apart from those at which the scan stops."
+        name, stops = self.prefix + site, {*stops}
+        if name not in self.listener.reads: return []
+        return [t for t in self._steps(self.listener.reads[name].at, length) if t not in stops]
+
+    def see(self, site, x, steps):
+        "Keeps what is read of the rows x (batch, len(steps), ...)."
+        if self.prefix + site in self.listener.reads:
+            self.listener.see(self.prefix + site, x, [self.first + t for t in steps])
+
+    def _steps(self, at, length):
+        "Positions as steps of the present call."
+        ear = self.listener
+        self.first = ear.lo + ear.length - length            # the position of the scan's first step
+        return [p - self.first for p in positions(at, self.first, self.first + length, ear.prompt)[0]]
 
 # %% ../nbs/09_listen.ipynb #Cache
 class Cache(Mapping):

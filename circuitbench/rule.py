@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .delta import delta
-from .seam import conv, conv_update
+from .seam import by_step, conv, conv_update, see_writes
 
 # %% ../nbs/07_rule.ipynb #tapped-delta
 def tapped_delta(
@@ -38,12 +38,13 @@ def tapped_delta(
     if erase.dim() == 4: erase = tap('ssm.erase', erase)
     elif k is not key or tap.wants('ssm.erase'): erase = tap('ssm.erase', erase[..., None]*key)
     w, stops = None, tap.stops(v.shape[1])
+    see_writes(tap, v.shape[1], stops, lambda t: v[:, t, ..., None]*k[:, t, :, None])
     if tap.wants('ssm.decay'):
         computed = torch.exp(log_w.to(torch.promote_types(v.dtype, torch.float32)))
         w = tap('ssm.decay', computed)
         if w is not computed and w.requires_grad: stops = range(v.shape[1])          # the decays are on the way to y
-    at = lambda name, x, t: (x if w is None else w[:, t]) if name == 'decay' else tap.at(f'ssm.{name}', x, t)
-    y, S = delta(v, k, r, log_w, kappa, erase, state, decayed, stops, at)
+    reads = tap.reads('ssm.state', v.shape[1], stops)
+    y, S = delta(v, k, r, log_w, kappa, erase, state, decayed, stops, by_step(tap, w), reads)
     return tap('ssm.y', y), S
 
 # %% ../nbs/07_rule.ipynb #makers-code

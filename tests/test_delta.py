@@ -174,6 +174,19 @@ def test_stops_change_nothing_and_see_every_step(stops, case, decayed):
         assert near(seen['write', t], torch.einsum('bhp,bhn->bhpn', v['v'][:, t], v['k'][:, t]))
 
 
+@case
+@decayed
+@pytest.mark.parametrize('stops', [[], [6, 50]])
+@pytest.mark.parametrize('reads', [[0], [5, 6, 7, 9, 50], list(range(0, 80, 3))])
+def test_reads_change_nothing_and_see_every_state(stops, reads, case, decayed):
+    v, seen = inputs(80, **case), {}
+    y, states = truth(**v, decayed=decayed)
+    def tap(name, x, t): return seen.update({t + i: x[:, i].clone() for i in range(x.shape[1])}) if name == 'states' else x
+    got, S = delta(**v, decayed=decayed, stops=stops, tap=tap, reads=reads)
+    assert near(got, y) and near(S, states[:, -1])
+    assert {*reads} - {*stops} <= {*seen} and all(near(S, states[:, t]) for t, S in seen.items())
+
+
 def transition(v, t, decayed):
     "The matrix by which step t multiplies the state from the right, (batch, head, d_state, d_state), float64 numpy."
     k, kappa, erase, w = (v[n][:, t].double().numpy() for n in ('k', 'kappa', 'erase', 'log_w'))
@@ -234,6 +247,7 @@ class Ear:
     def __init__(self, edits=None, stops=(), grad=False): self.edits, self._stops, self.grad, self.seen = edits or {}, stops, grad, {}
     def wants(self, site): return True
     def stops(self, length): return [t for t in self._stops if t < length]
+    def reads(self, site, length, stops): return []
     def at(self, site, x, t): return self(site, x, t)
     def __call__(self, site, x, t=None):
         x = self.edits.get(site, lambda x: x)(x)

@@ -483,6 +483,7 @@ class Tap:
     def wants(self, site): return True
     def __call__(self, site, x): return self.seen.setdefault(site, self.edit.get(site, lambda v: v)(x))
     def stops(self, length): return range(length)
+    def reads(self, site, length, stops): return []
     def at(self, site, x, t):
         self.seen.setdefault(site, []).append(x)
         return x

@@ -238,6 +238,7 @@ class Listens:
     def __init__(self, site): self.site, self.heard = site, []
     def wants(self, site): return site == self.site
     def stops(self, length): return []
+    def reads(self, site, length, stops): return []
     def __call__(self, site, x):
         if site == self.site: self.heard.append(x)
         return x

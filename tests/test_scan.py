@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from circuitbench.scan import scan, scan_loop, selective_chunk, ssd_chunk
+from circuitbench.scan import scan, scan_loop, segments, selective_chunk, ssd_chunk
 from circuitbench.seam import short_conv
 
 
@@ -92,6 +92,30 @@ def test_stops_change_nothing_and_see_every_state(mamba1, stops):
     got, S = scan(**v, stops=stops, tap=tap)
     assert near(got, y) and near(S, states[:, -1])
     assert sorted({t for _, t in seen}) == stops and all(near(seen['state', t], states[:, t]) for t in stops)
+
+
+@pytest.mark.parametrize('mamba1', [False, True])
+@pytest.mark.parametrize('stops', [[], [0], [6, 50], [70, 79]])
+@pytest.mark.parametrize('reads', [[0], [5, 6, 7, 9, 50], [0, 40, 79], list(range(80)), list(range(0, 80, 3))])
+def test_reads_change_nothing_and_see_every_state(mamba1, stops, reads):
+    v, seen = inputs(80, mamba1=mamba1), {}
+    y, states = truth(v)
+    def tap(name, x, t): return seen.update({t + i: x[:, i].clone() for i in range(x.shape[1])}) if name == 'states' else x
+    got, S = scan(**v, stops=stops, tap=tap, reads=reads)
+    assert near(got, y) and near(S, states[:, -1])
+    assert {*reads} - {*stops} <= {*seen} and all(near(S, states[:, t]) for t, S in seen.items())
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_segments_cover_every_step_once_and_every_look(seed):
+    rng = np.random.default_rng(seed)
+    length, most = int(rng.integers(1, 90)), int(rng.integers(1, 9))
+    stops, reads = (rng.choice(length, int(rng.integers(0, length + 1)), replace=False).tolist() for _ in range(2))
+    cuts = segments(length, stops, reads, most)
+    assert [t for _, lo, hi in cuts for t in range(lo, hi)] == list(range(length))
+    assert [lo for kind, lo, _ in cuts if kind == 'stop'] == sorted(stops)
+    seen = {t for kind, lo, hi in cuts for t in (range(lo, hi) if kind == 'states' else [hi - 1] if kind == 'read' else [])}
+    assert {*reads} - {*stops} <= seen and all(hi - lo <= most for kind, lo, hi in cuts if kind == 'states')
 
 
 @pytest.mark.parametrize('mamba1', [False, True])
