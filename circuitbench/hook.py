@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from types import SimpleNamespace
 
 import psutil
@@ -25,9 +26,10 @@ from .chart import heatmap
 from .draw import esc, token_strip, wrap
 from .edit import Edit, Meta, Rows, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read, Tap
-from .seam import swapped
+from .seam import CACHE, swapped
 from .site import (
     BLOCK_SITES, MODEL_SITES, PER_STEP, Point, SiteTable, adapter_for, check_transformers, resolve, short, spans)
+from .state import State, from_cache, into_cache
 from .view import Inspector
 
 # %% ../nbs/30_hook.ipynb #HookedModel
@@ -58,6 +60,8 @@ class HookedModel:
         self.meta = self.adapter.meta(self.config)                       # rows that the model puts before the prompt
         uses = Counter(id(m) for block in self.blocks for m in block.modules())
         self._shared = {m for m, n in uses.items() if n > 1}             # one module at several depths
+        own = type(hf).__module__.startswith('circuitbench.')            # ours count positions themselves
+        self._told = not own and 'position_ids' in signature(hf.forward).parameters
 
     @classmethod
     def from_module(cls, hf: nn.Module, tokenizer=None, **options) -> 'HookedModel':
@@ -148,9 +152,11 @@ class HookedModel:
         pad: str = 'right',
         grad: bool = False,  # record from the embedding on
         backend: str = 'circuitbench',  # or 'transformers': the untouched model
+        state: State | None = None,  # go on from what an earlier run left; positions count on
+        keep_state: bool = False,  # give the state after the last token, as `out.state`
     ) -> Output:
         "One forward pass with edits: logits (batch, pos, d_vocab)."
-        return self._run(prompt, edit, (), None, None, None, mask, pad, grad, backend)[0]
+        return self._run(prompt, edit, (), None, None, None, mask, pad, grad, backend, state, keep_state)[0]
 
     __call__ = run
 
@@ -166,19 +172,51 @@ class HookedModel:
         pad: str = 'right',
         grad: bool = False,  # record, so that cache.grad(metric) works
         backend: str = 'circuitbench',
+        state: State | None = None,
+        keep_state: bool = False,
     ) -> tuple[Output, Cache]:
         "One forward pass that keeps what passes the named sites, after any edits there."
-        return self._run(prompt, edit, self.site_names(names), at, heads, dtype, mask, pad, grad, backend)
+        return self._run(prompt, edit, self.site_names(names), at, heads, dtype, mask, pad, grad, backend, state,
+                         keep_state)
 
-    def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend):
+    def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend, state, keep_state):
         ids, made = self.tokens(prompt, pad)
         mask = made if mask is None else mask.to(self.device)
-        ear = self._listener(names, edit, at, heads, dtype, ids.shape, ids.shape[1], grad)
-        self._check_memory(ear.reads, *ids.shape, grad, ids.shape[1])
-        with self._listening(ear, backend, mask, grad), torch.enable_grad() if grad else nullcontext():
-            logits = self.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        past = 0 if state is None else state.length
+        if keep_state and mask is not None and not mask[:, -1].all():
+            raise ValueError("got keep_state with padding on the right, which states would read; expected pad='left'")
+        if state is not None: state, mask = self._state_for(state, ids, mask, backend)
+        length = past + ids.shape[1]
+        ear = self._listener(names, edit, at, heads, dtype, (len(ids), length), length, grad, past)
+        self._check_memory(ear.reads, *ids.shape, grad, length)
+        options = dict(use_cache=keep_state or state is not None)
+        if state is not None: options |= self._cached(state)
+        if state is not None and self._told:
+            options['position_ids'] = torch.arange(past, length, device=self.device).expand(len(ids), -1)
+        recording = torch.enable_grad() if grad else nullcontext()
+        with self._listening(ear, backend, mask, grad, options['use_cache']), recording:
+            out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
         strings = [self.strings(r) for r in ids] if names else []
-        return Output(logits, ids, mask), Cache(ear.heard, ear.pos, ear.paths, strings)
+        tokens = ids if state is None else torch.cat([state.tokens, ids], 1)
+        kept = from_cache(out[CACHE], tokens, mask, self.adapter.family, self.adapter.turned) if keep_state else None
+        return Output(out.logits, ids, mask, kept), Cache(ear.heard, ear.pos, ear.paths, strings)
+
+    def _state_for(self, state: State, ids: Tensor, mask: Tensor | None, backend: str) -> tuple[State, Tensor | None]:
+        "A state for a batch of ids, and the mask of all positions."
+        if backend != 'circuitbench':
+            raise ValueError(f'got a state with backend={backend!r}, expected the default backend')
+        if state.family != self.adapter.family:
+            raise ValueError(f"got a state of {state.family or '?'}, expected one of {self.adapter.family}")
+        state = state.to(self.device).rows(len(ids))
+        if state.mask is None and mask is None: return state, None
+        both = (torch.ones_like(t) if m is None else m for m, t in ((state.mask, state.tokens), (mask, ids)))
+        return state, torch.cat([m.long() for m in both], 1)
+
+    def _cached(self, state: State) -> dict:
+        "transformers' cache with a state's tensors, as an argument of the model."
+        with torch.no_grad(): cache = self.hf(input_ids=state.tokens[:, :1], use_cache=True)[CACHE]
+        into_cache(state, cache, self.adapter.turned)
+        return {CACHE: cache}
 
     def generate(
         self,
@@ -190,19 +228,27 @@ class HookedModel:
         heads: int | Iterable[int] | None = None,
         seed: int | None = None,  # for sampling
         backend: str = 'circuitbench',
+        state: State | None = None,  # go on from what an earlier run left
         **kwargs,  # passed on to transformers' generate: do_sample, temperature, num_beams, ...
     ) -> Generation:
         "Cached generation with edits and reads at every step; greedy unless `do_sample=True`."
         ids, mask = self.tokens(prompt, 'left')
-        n, length = ids.shape[1], ids.shape[1] + max_new_tokens - 1      # the last token is never read
+        past = ids[:, :0]
+        if state is not None:
+            state, mask = self._state_for(state, ids, mask, backend)
+            past, kwargs = state.tokens, kwargs | self._cached(state)
+        n = past.shape[1] + ids.shape[1]
+        length = n + max_new_tokens - 1                                   # the last token is never read
         names = () if names == () else self.site_names(names)
-        ear = self._listener(names, edit, at, heads, None, ids.shape, length, False)
+        ear = self._listener(names, edit, at, heads, None, (len(ids), n), length, False, past.shape[1])
         self._check_memory(ear.reads, len(ids), length, False, n)
         fill, rng = self.hf.config.pad_token_id or 0, torch.random.fork_rng(enabled=seed is not None)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill, use_cache=True) | kwargs
         with torch.no_grad(), rng, self._listening(ear, backend, mask, cached=True):
             if seed is not None: torch.manual_seed(seed)
-            out = self.hf.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
+            mask = ids.new_ones(len(ids), n) if mask is None else mask
+            mask = _mask_of_call(mask, state, past.shape[1])
+            out = torch.cat([past, self.hf.generate(ids, attention_mask=mask, **options)], 1)
         text = [] if self.tokenizer is None else [self.tokenizer.decode(r[n:], skip_special_tokens=True) for r in out]
         strings = [self.strings(r) for r in out] if ear.reads else []
         return Generation(text, out, n, Cache(ear.heard, ear.pos, {}, strings))
@@ -212,7 +258,7 @@ class HookedModel:
         return HookInspector(self, prompt, edit).set(**start)
 
     # -- how a run listens ---------------------------------------------------------------
-    def _listener(self, names, edit, at, heads, dtype, shape, length, grad) -> Listener:
+    def _listener(self, names, edit, at, heads, dtype, shape, length, grad, past=0) -> Listener:
         "Checks what is asked for against the model and the prompt."
         at, edits = self._rows(check_at(at)), {}
         if heads is not None: heads = (heads,) if isinstance(heads, int) else tuple(heads)
@@ -230,7 +276,7 @@ class HookedModel:
         if heads is not None and (not heads or any(not 0 <= h < most for h in heads)):
             raise ValueError(f"got heads={heads}, expected 0 to {most - 1}")
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
-        return Listener(reads, edits, shape[1], grad, self.meta)
+        return Listener(reads, edits, shape[1], grad, self.meta, past)
 
     def _rows(self, at):
         "`meta(...)` as rows before the prompt; ValueError where the model has none, or fewer."
@@ -332,6 +378,10 @@ class HookedModel:
             shared = id(block.get_submodule(points[site].module)) in self._shared
             elsewhere = (lambda: self.blocks[now.block] is not block) if shared else lambda: False
             attach(block, points[site], hear, axes, hook, elsewhere)
+
+def _mask_of_call(mask: Tensor | None, state: State | None, past: int) -> Tensor | None:
+    "The mask as a model wants it that goes on from a state: of all positions for keys, else of the new ones."
+    return mask if mask is None or state is None or state.attn else mask[:, past:]
 
 _NO_LIMIT = (0., math.inf)                                 # of dt
 _CACHES = ('cache', 'past_key_values', 'cache_params')     # transformers >= 5.24 has the first name, before the others

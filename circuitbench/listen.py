@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .edit import Edit, Rows, edited, positions
 from .site import PER_STEP, SiteError, resolve, short
+from .state import State
 
 # %% ../nbs/09_listen.ipynb #Read
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class Listener:
         prompt: int = 0,  # length of the prompt
         path: bool = False,  # keep the tensors on the way to the logits, for gradients
         meta: int = 0,  # rows that the model puts before the prompt: positions -meta to -1
+        past: int = 0,  # positions that were read before, and are in the cache
     ):
         self.reads, self.edits, self.prompt, self.path, self.meta = reads, edits, prompt, path, meta
-        self.lo = self.length = 0                            # where the present forward call begins, and how long it is
+        self.lo, self.length = 0, past                       # where the present forward call begins, and how long it is
         self.parts, self.paths, self.pos = {}, {}, {}
 
     def forward(self, length: int):
@@ -200,6 +202,8 @@ class Output:
     "(batch, pos), as fed"
     mask: Tensor | None = None
     "(batch, pos), 1 on tokens and 0 on padding; None without padding"
+    state: State | None = None
+    "What the model remembers after the last token, if the run was to keep it."
 
     @property
     def last(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .delta import delta
-from .seam import by_step, conv, conv_update, see_writes
+from .seam import by_step, conv, conv_update, kept, see_writes
 
 # %% ../nbs/07_rule.ipynb #tapped-delta
 def tapped_delta(
@@ -32,7 +32,7 @@ def tapped_delta(
 
     An edit of `ssm.x` is multiplied by beta like v itself; one of `ssm.B` moves the write alone, not the removal.
     """
-    scaled = lambda x: x if beta is None else beta[..., None]*x
+    scaled, state = (lambda x: x if beta is None else beta[..., None]*x), kept(state)
     if tap is None: return delta(scaled(v), k, r, log_w, kappa, erase, state, decayed)
     v, key, k, r = scaled(tap('ssm.x', v)), k, tap('ssm.B', k), tap('ssm.C', r)
     if erase.dim() == 4: erase = tap('ssm.erase', erase)

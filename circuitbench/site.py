@@ -255,6 +255,8 @@ class Adapter:
     "Sites that elsewhere lead straight into the residual stream, and here do not."
     hook_point: str = 'ssm.out_proj_in'
     "Default site of SAEs, circuits and steering."
+    turned: bool = False
+    "Does transformers' cache hold the recurrent state as (d_state, d_head)?"
     note: str = ''
     "What the sites hold here, where it is not obvious."
 

@@ -43,6 +43,7 @@ def points(config, i: int) -> dict[str, Point]:
 
 ADAPTER = register(Adapter(
     family='kimi-linear', model_types=('kimi_linear',), small=small, sizes=sizes, points=points, inside=DELTA_SITES,
+    turned=True,
     gate=norm_gate('o_norm', gate_last, torch.sigmoid), functions=KIMI_DELTA | ATTENTION,
     module='transformers.models.kimi_linear.modeling_kimi_linear',
     axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.write', 'ssm.state'),

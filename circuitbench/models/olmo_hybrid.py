@@ -31,7 +31,7 @@ def points(config: OlmoHybridConfig, i: int) -> dict[str, Point]:
 
 ADAPTER = register(Adapter(
     family='olmo-hybrid', model_types=('olmo_hybrid',), small=small, sizes=gated_delta_sizes, points=points,
-    inside=DELTA_SITES,
+    inside=DELTA_SITES, turned=True,
     gate=norm_gate('o_norm', gate_last), functions=GATED_DELTA | ATTENTION, beside=('attn.z',),
     module='transformers.models.olmo_hybrid.modeling_olmo_hybrid',
     note='conv holds q, k, v; B and C are normalised, C divided by the root of d_state; erase is beta k, write '

@@ -33,7 +33,7 @@ def points(config: Qwen3_5TextConfig, i: int) -> dict[str, Point]:
 
 ADAPTER = register(Adapter(
     family='qwen3-5', model_types=('qwen3_5_text',), small=small, sizes=sizes, points=points,
-    inside=DELTA_SITES, gate=norm_gate('norm', gate_last), functions=GATED_DELTA | ATTENTION,
+    inside=DELTA_SITES, turned=True, gate=norm_gate('norm', gate_last), functions=GATED_DELTA | ATTENTION,
     module='transformers.models.qwen3_5.modeling_qwen3_5',
     note='in_proj and conv hold q, k, v; B and C are normalised, C divided by the root of d_state; erase is beta k, '
          'write beta v k; attn.q and attn.k are after their norms, attn.z after the gate of the attention'))

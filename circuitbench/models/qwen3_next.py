@@ -29,7 +29,7 @@ def points(config: Qwen3NextConfig, i: int) -> dict[str, Point]:
 
 ADAPTER = register(Adapter(
     family='qwen3-next', model_types=('qwen3_next',), small=small, sizes=gated_delta_sizes, points=points,
-    inside=DELTA_SITES,
+    inside=DELTA_SITES, turned=True,
     gate=norm_gate('norm', gate_last), functions=GATED_DELTA | ATTENTION,
     module='transformers.models.qwen3_next.modeling_qwen3_next',
     note='in_proj holds q, k, v, z, one key head after the other; conv holds q, k, v; B and C are normalised, C '
