@@ -70,15 +70,18 @@ class Stage:
 # Much induction at first, so that its heads form. Then dropout and more translations: without them the text is learned
 # by heart from step 5,500 on. In the end half of the verses out of their order, as they are measured.
 INDUCE, LAST = (.36, .14, .12, .06, .32), ((.65, (.40, .40, .09, .04, .07)), (1, (.62, .20, .08, .03, .07)))
+TEXT = ((1, (.58, .26, .07, .03, .06)),)
 STAGES = {
     'mamba2': (Stage(4750, 13000, 3e-3, ((.25, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
                Stage(5500, 5500, 2.2e-3, LAST, OTHER, .1),
-               Stage(3200, 3200, 1.8e-3, ((1, (.58, .26, .07, .03, .06)),), OTHER, .1, .5)),
+               Stage(3200, 3200, 1.8e-3, TEXT, OTHER, .1, .5)),
     'mamba1': (Stage(2500, 5500, 3e-3, ((1, INDUCE),), OTHER[:1]),          # a step takes twice the time
                Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5)),
-    **dict.fromkeys(('hybrid', 'jamba'), (
-        Stage(2500, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),
-        Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5))),
+    'hybrid': (Stage(2500, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),
+               Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5),
+               Stage(2500, 2500, 1.6e-3, TEXT, OTHER, .05, .5)),
+    'jamba': (Stage(2500, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),
+              Stage(3750, 3750, 2.2e-3, LAST, OTHER, .05, .5)),
     'rwkv7': (Stage(2500, 9000, 3e-3, ((.17, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
               Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5))}
 AVERAGED = {'mamba2': (10250, 12000, 13450)}     # the model that ships is the mean of these: better than each of them

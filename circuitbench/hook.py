@@ -26,6 +26,7 @@ from .chart import heatmap
 from .draw import esc, token_strip, wrap
 from .edit import Edit, Meta, Rows, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read, Tap
+from .record import Delta, Mamba
 from .seam import CACHE, swapped
 from .site import (
     BLOCK_SITES, MODEL_SITES, PER_STEP, Point, SiteTable, adapter_for, check_transformers, resolve, short, spans)
@@ -177,9 +178,9 @@ class HookedModel:
     ) -> tuple[Output, Cache]:
         "One forward pass that keeps what passes the named sites, after any edits there."
         return self._run(prompt, edit, self.site_names(names), at, heads, dtype, mask, pad, grad, backend, state,
-                         keep_state)
+                         keep_state)[:2]
 
-    def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend, state, keep_state):
+    def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend, state, keep_state, noted=()):
         ids, made = self.tokens(prompt, pad)
         mask = made if mask is None else mask.to(self.device)
         past = 0 if state is None else state.length
@@ -187,7 +188,7 @@ class HookedModel:
             raise ValueError("got keep_state with padding on the right, which states would read; expected pad='left'")
         if state is not None: state, mask = self._state_for(state, ids, mask, backend)
         length = past + ids.shape[1]
-        ear = self._listener(names, edit, at, heads, dtype, (len(ids), length), length, grad, past)
+        ear = self._listener(names, edit, at, heads, dtype, (len(ids), length), length, grad, past, noted)
         self._check_memory(ear.reads, *ids.shape, grad, length)
         options = dict(use_cache=keep_state or state is not None)
         if state is not None: options |= self._cached(state)
@@ -199,7 +200,7 @@ class HookedModel:
         strings = [self.strings(r) for r in ids] if names else []
         tokens = ids if state is None else torch.cat([state.tokens, ids], 1)
         kept = from_cache(out[CACHE], tokens, mask, self.adapter.family, self.adapter.turned) if keep_state else None
-        return Output(out.logits, ids, mask, kept), Cache(ear.heard, ear.pos, ear.paths, strings)
+        return Output(out.logits, ids, mask, kept), Cache(ear.heard, ear.pos, ear.paths, strings), ear.notes
 
     def _state_for(self, state: State, ids: Tensor, mask: Tensor | None, backend: str) -> tuple[State, Tensor | None]:
         "A state for a batch of ids, and the mask of all positions."
@@ -217,6 +218,24 @@ class HookedModel:
         with torch.no_grad(): cache = self.hf(input_ids=state.tokens[:, :1], use_cache=True)[CACHE]
         into_cache(state, cache, self.adapter.turned)
         return {CACHE: cache}
+
+    @torch.no_grad()
+    def recurrences(
+        self,
+        prompt,  # text, texts or ids
+        layers: int | Iterable[int] | None = None,  # None: all blocks with a recurrence
+        edit: Edit | Iterable[Edit] = (),  # of what goes into it; edits of decays, writes and states are not seen
+        mask: Tensor | None = None,
+        pad: str = 'right',
+        state: State | None = None,
+    ) -> dict[int, Mamba | Delta]:
+        "The inputs of the recurrences in one run, by block; ValueError for a block without one."
+        have = [i for i, p in enumerate(self.points) if f'blocks.{i}.ssm.state' in self._names]
+        layers = have if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        if lost := [i for i in layers if i not in have]:
+            raise ValueError(f"got block {lost[0]}, expected one with a recurrence: {spans(have) or 'there is none'}")
+        notes = self._run(prompt, edit, (), None, None, None, mask, pad, False, 'circuitbench', state, False, layers)[2]
+        return {i: (Mamba if notes[i][0] == 'mamba' else Delta)(**notes[i][1]) for i in layers}
 
     def generate(
         self,
@@ -258,7 +277,7 @@ class HookedModel:
         return HookInspector(self, prompt, edit).set(**start)
 
     # -- how a run listens ---------------------------------------------------------------
-    def _listener(self, names, edit, at, heads, dtype, shape, length, grad, past=0) -> Listener:
+    def _listener(self, names, edit, at, heads, dtype, shape, length, grad, past=0, noted=()) -> Listener:
         "Checks what is asked for against the model and the prompt."
         at, edits = self._rows(check_at(at)), {}
         if heads is not None: heads = (heads,) if isinstance(heads, int) else tuple(heads)
@@ -276,7 +295,7 @@ class HookedModel:
         if heads is not None and (not heads or any(not 0 <= h < most for h in heads)):
             raise ValueError(f"got heads={heads}, expected 0 to {most - 1}")
         reads = {n: Read(at, heads if self._site(n).has_heads else None, dtype) for n in names}
-        return Listener(reads, edits, shape[1], grad, self.meta, past)
+        return Listener(reads, edits, shape[1], grad, self.meta, past, noted)
 
     def _rows(self, at):
         "`meta(...)` as rows before the prompt; ValueError where the model has none, or fewer."
@@ -327,7 +346,7 @@ class HookedModel:
         if in_scan and backend == 'transformers':
             raise ValueError(f"got {in_scan[0]} with backend='transformers', which cannot be listened to inside; "
                              'expected the default backend')
-        inside = {int(n.split('.')[1]) for n in in_scan}
+        inside = {int(n.split('.')[1]) for n in in_scan} | ear.noted
         now = SimpleNamespace(tap=None, state=None, length=0, block=None, limit=_NO_LIMIT)
         embed = self.hf.get_submodule(self.ends['embed'].module)
         with ExitStack() as stack:

@@ -6,7 +6,7 @@
 __all__ = ['Read', 'Listener', 'Tap', 'Cache', 'Output', 'Generation']
 
 # %% ../nbs/09_listen.ipynb #ad3283cd
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -37,10 +37,12 @@ class Listener:
         path: bool = False,  # keep the tensors on the way to the logits, for gradients
         meta: int = 0,  # rows that the model puts before the prompt: positions -meta to -1
         past: int = 0,  # positions that were read before, and are in the cache
+        noted: Iterable[int] = (),  # blocks whose recurrence's inputs are kept, in `notes`
     ):
         self.reads, self.edits, self.prompt, self.path, self.meta = reads, edits, prompt, path, meta
         self.lo, self.length = 0, past                       # where the present forward call begins, and how long it is
         self.parts, self.paths, self.pos = {}, {}, {}
+        self.noted, self.notes = {*noted}, {}                # block -> (kind, inputs)
 
     def forward(self, length: int):
         "The model is called on the next `length` positions."
@@ -119,7 +121,7 @@ def _picker(rows: list[int], read: Read, x: Tensor) -> Callable:
 class Tap:
     "What `seam` calls within one block."
     def __init__(self, listener: Listener, block: int):
-        self.listener, self.prefix, self.first = listener, f'blocks.{block}.', 0
+        self.listener, self.block, self.prefix, self.first = listener, block, f'blocks.{block}.', 0
     def wants(self, site): return self.listener.wants(self.prefix + site)
     def __call__(self, site, x): return self.listener(self.prefix + site, x) if self.wants(site) else x
 
@@ -139,6 +141,10 @@ class Tap:
         name, stops = self.prefix + site, {*stops}
         if name not in self.listener.reads: return []
         return [t for t in self._steps(self.listener.reads[name].at, length) if t not in stops]
+
+    def note(self, kind, **inputs):
+        "Keeps the inputs of the recurrence, if they are asked for."
+        if self.block in self.listener.noted: self.listener.notes[self.block] = kind, inputs
 
     def see(self, site, x, steps):
         "Keeps what is read of the rows x (batch, len(steps), ...)."

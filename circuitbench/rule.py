@@ -43,6 +43,7 @@ def tapped_delta(
         computed = torch.exp(log_w.to(torch.promote_types(v.dtype, torch.float32)))
         w = tap('ssm.decay', computed)
         if w is not computed and w.requires_grad: stops = range(v.shape[1])          # the decays are on the way to y
+    tap.note('delta', v=v, k=k, r=r, log_w=log_w, kappa=kappa, erase=erase, state=state, decayed=decayed)
     reads = tap.reads('ssm.state', v.shape[1], stops)
     y, S = delta(v, k, r, log_w, kappa, erase, state, decayed, stops, by_step(tap, w), reads)
     return tap('ssm.y', y), S

@@ -56,6 +56,7 @@ def tapped_scan(
         computed = decays(dt, A)
         a = tap('ssm.decay', computed)
         if a is not computed and a.requires_grad: stops = range(x.shape[1])       # the decays are on the way to y
+    tap.note('mamba', x=x, dt=dt, A=A, B=B, C=C, D=D, state=state)
     y, S = scan(x, dt, A, B, C, D, state, stops, by_step(tap, a), tap.reads('ssm.state', x.shape[1], stops))
     return tap('ssm.y', y), S
 

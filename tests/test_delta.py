@@ -248,6 +248,7 @@ class Ear:
     def wants(self, site): return True
     def stops(self, length): return [t for t in self._stops if t < length]
     def reads(self, site, length, stops): return []
+    def note(self, kind, **inputs): pass
     def at(self, site, x, t): return self(site, x, t)
     def __call__(self, site, x, t=None):
         x = self.edits.get(site, lambda x: x)(x)

@@ -484,6 +484,7 @@ class Tap:
     def __call__(self, site, x): return self.seen.setdefault(site, self.edit.get(site, lambda v: v)(x))
     def stops(self, length): return range(length)
     def reads(self, site, length, stops): return []
+    def note(self, kind, **inputs): pass
     def at(self, site, x, t):
         self.seen.setdefault(site, []).append(x)
         return x

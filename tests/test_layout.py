@@ -239,6 +239,7 @@ class Listens:
     def wants(self, site): return site == self.site
     def stops(self, length): return []
     def reads(self, site, length, stops): return []
+    def note(self, kind, **inputs): pass
     def __call__(self, site, x):
         if site == self.site: self.heard.append(x)
         return x
