@@ -10,7 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from copy import deepcopy
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -155,9 +156,11 @@ class HookedModel:
         backend: str = 'circuitbench',  # or 'transformers': the untouched model
         state: State | None = None,  # go on from what an earlier run left; positions count on
         keep_state: bool = False,  # give the state after the last token, as `out.state`
+        last: bool = False,  # logits of the last position alone, (batch, 1, d_vocab): less memory
     ) -> Output:
         "One forward pass with edits: logits (batch, pos, d_vocab)."
-        return self._run(prompt, edit, (), None, None, None, mask, pad, grad, backend, state, keep_state)[0]
+        return self._run(prompt, edit, (), None, None, None, mask, pad, grad, backend, state, keep_state,
+                         last=last)[0]
 
     __call__ = run
 
@@ -177,10 +180,11 @@ class HookedModel:
         keep_state: bool = False,
     ) -> tuple[Output, Cache]:
         "One forward pass that keeps what passes the named sites, after any edits there."
-        return self._run(prompt, edit, self.site_names(names), at, heads, dtype, mask, pad, grad, backend, state,
-                         keep_state)[:2]
+        names, kept = self.site_names(names), (state, keep_state)
+        return self._run(prompt, edit, names, at, heads, dtype, mask, pad, grad, backend, *kept)[:2]
 
-    def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend, state, keep_state, noted=()):
+    def _run(self, prompt, edit, names, at, heads, dtype, mask, pad, grad, backend, state, keep_state, noted=(),
+             last=False):
         ids, made = self.tokens(prompt, pad)
         mask = made if mask is None else mask.to(self.device)
         past = 0 if state is None else state.length
@@ -189,13 +193,13 @@ class HookedModel:
         if state is not None: state, mask = self._state_for(state, ids, mask, backend)
         length = past + ids.shape[1]
         ear = self._listener(names, edit, at, heads, dtype, (len(ids), length), length, grad, past, noted)
-        self._check_memory(ear.reads, *ids.shape, grad, length)
+        self._check_memory(ear.reads, *ids.shape, grad, length, last)
         options = dict(use_cache=keep_state or state is not None)
         if state is not None: options |= self._cached(state)
         if state is not None and self._told:
             options['position_ids'] = torch.arange(past, length, device=self.device).expand(len(ids), -1)
         recording = torch.enable_grad() if grad else nullcontext()
-        with self._listening(ear, backend, mask, grad, options['use_cache']), recording:
+        with self._listening(ear, backend, mask, grad, options['use_cache'], last), recording:
             out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
         strings = [self.strings(r) for r in ids] if names else []
         tokens = ids if state is None else torch.cat([state.tokens, ids], 1)
@@ -215,9 +219,15 @@ class HookedModel:
 
     def _cached(self, state: State) -> dict:
         "transformers' cache with a state's tensors, as an argument of the model."
-        with torch.no_grad(): cache = self.hf(input_ids=state.tokens[:, :1], use_cache=True)[CACHE]
+        cache = deepcopy(self.blank)
         into_cache(state, cache, self.adapter.turned)
         return {CACHE: cache}
+
+    @cached_property
+    def blank(self):
+        "transformers' cache of this model after one token, whose tensors `into_cache` replaces."
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with torch.no_grad(): return self.hf(input_ids=ids, use_cache=True)[CACHE]
 
     @torch.no_grad()
     def recurrences(
@@ -311,11 +321,13 @@ class HookedModel:
                 raise ValueError(f'got position {p} in {what}, expected {-prompt} to {length - 1} '
                                  f'for a prompt of {prompt} tokens')
 
-    def _check_memory(self, reads, batch: int, pos: int, grad: bool, prompt: int):
+    def _check_memory(self, reads, batch: int, pos: int, grad: bool, prompt: int, last: bool = False):
         "ValueError with the size and the ways out, before anything is run."
         cuda = self.device.type == 'cuda'
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
-        need = batch*pos*4*(3*self.sizes['d_vocab'] + 6*max(self.sizes.values())*(self.n_layers if grad else 1))
+        logits = (1 if last else pos)*self.sizes['d_vocab']
+        wide = max(v for k, v in self.sizes.items() if k != 'd_vocab')
+        need = batch*4*(3*logits + 6*pos*wide*(self.n_layers if grad else 1))
         if need > free:
             raise ValueError(f'got a prompt of {batch} x {pos} tokens, whose run needs about {need/2**30:.1f} GiB '
                              f'of the {free/2**30:.1f} GiB that are free; expected fewer or shorter prompts')
@@ -337,7 +349,7 @@ class HookedModel:
         return backend == 'circuitbench' and not (self.device.type == 'cuda' and find_spec('mamba_ssm'))
 
     @contextmanager
-    def _listening(self, ear: Listener, backend: str, mask: Tensor | None = None, grad=False, cached=False):
+    def _listening(self, ear: Listener, backend: str, mask: Tensor | None = None, grad=False, cached=False, last=False):
         "Puts in what the listener needs, and takes it out on every exit."
         if backend not in ('circuitbench', 'transformers'):
             raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
@@ -360,6 +372,9 @@ class HookedModel:
                 tap = Tap(ear, i) if i in inside else None
                 if tap or self._shared or (cached and swaps): self._hook_block(i, tap, now, ear, hook)
             for name in wanted: self._hook_site(name, ear, now, hook)
+            if last:
+                head = self.hf.get_submodule(self.ends['logits'].module)
+                hook(head.register_forward_pre_hook(lambda m, args: (args[0][:, -1:], *args[1:])))
             yield
 
     def _hook_padding(self, ear: Listener, mask: Tensor, hook):

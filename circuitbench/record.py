@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta import delta, delta_chunk
-from .scan import scan
+from .delta import delta, delta_chunk, delta_step
+from .scan import decays, scan
 
 # %% ../nbs/07_record.ipynb #Recurrence
 class _Recurrence:
@@ -23,6 +23,10 @@ class _Recurrence:
     def length(self) -> int: return self._first.shape[1]
     @property
     def heads(self) -> int: return self._first.shape[2]
+    @property
+    def state_size(self) -> int:
+        "Entries of a head's state."
+        return self._first.shape[3]*self._keys.shape[-1]
     @property
     def _first(self) -> Tensor: return getattr(self, fields(self)[0].name)
 
@@ -38,6 +42,16 @@ class _Recurrence:
         def _see(name, S, t): rows.extend(S[:, i].clone() for i in range(S.shape[1]) if t + i in chosen)
         self._run(at, _see)
         return torch.stack(rows, 1)
+
+    def _backwards(self, back, grad, at) -> Tensor:
+        "The states of a recurrence that runs from the end, at some steps."
+        at = list(at)
+        self._rows(at)
+        S, kept, chosen = grad.new_zeros(*grad.shape[:1], *grad.shape[2:], self._keys.shape[-1]), {}, {*at}
+        for t in range(self.length - 1, min(at) - 1, -1):
+            S = back(S, t)
+            if t in chosen: kept[t] = S
+        return torch.stack([kept[t] for t in at], 1)
 
     def _rows(self, rows) -> list[int]:
         if isinstance(rows, slice): rows = range(self.length)[rows]
@@ -85,6 +99,23 @@ class Mamba(_Recurrence):
     def y(self) -> Tensor:
         "The read-outs, (batch, pos, head, d_head)."
         return scan(self.x, self.dt, self.A, self.B, self.C, self.D, self.state)[0]
+
+    @property
+    def _keys(self) -> Tensor: return self.B
+
+    def adjoint(
+        self,
+        grad: Tensor,  # (batch, pos, head, d_head), of something with respect to y
+        at: Iterable[int],  # steps
+    ) -> Tensor:
+        "The gradient with respect to the states after some steps, (batch, len(at), head, d_head, d_state)."
+        C = self.C.repeat_interleave(self.heads//self.C.shape[2], 2)
+        def _back(S, t):
+            if t + 1 < self.length:
+                a = decays(self.dt[:, t + 1:t + 2], self.A)[:, 0]
+                S = S*(a[..., None, None] if a.dim() == 2 else a[:, :, None])
+            return S + grad[:, t, ..., None]*C[:, t, :, None]
+        return self._backwards(_back, grad, at)
 
     def attention(
         self,
@@ -156,6 +187,24 @@ class Delta(_Recurrence):
     def y(self) -> Tensor:
         "The read-outs, (batch, pos, head, d_head)."
         return delta_chunk(*self._inputs(), self.state, self.decayed)[0]
+
+    @property
+    def _keys(self) -> Tensor: return self.k
+
+    def adjoint(
+        self,
+        grad: Tensor,  # (batch, pos, head, d_head), of something with respect to y
+        at: Iterable[int],  # steps
+    ) -> Tensor:
+        "The gradient with respect to the states after some steps, (batch, len(at), head, d_head, d_state)."
+        def _back(S, t):
+            new = grad[:, t, ..., None]*self.r[:, t, :, None]
+            if t + 1 == self.length: return new
+            w, kappa, erase = torch.exp(self.log_w[:, t + 1]), self.kappa[:, t + 1], self.erase[:, t + 1]
+            if erase.dim() == 2: erase = erase[..., None]*self.k[:, t + 1]
+            if self.decayed: kappa = kappa*(w if w.dim() == 3 else w[..., None])
+            return delta_step(S, w, new, erase, kappa)
+        return self._backwards(_back, grad, at)
 
     def attention(
         self,
