@@ -81,7 +81,7 @@ STAGES = {
                Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5),
                Stage(2500, 2500, 1.6e-3, TEXT, OTHER, .05, .5)),
     'jamba': (Stage(2500, 9000, 3e-3, ((1, INDUCE),), OTHER[:1]),
-              Stage(3750, 3750, 2.2e-3, LAST, OTHER, .05, .5)),
+              Stage(3000, 3000, 2.2e-3, LAST, OTHER, .05, .5)),
     'rwkv7': (Stage(2500, 9000, 3e-3, ((.17, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
               Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5),
               Stage(2000, 2000, 1.6e-3, TEXT, OTHER, .05, .5))}

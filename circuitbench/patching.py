@@ -43,7 +43,8 @@ def above(
     Where blocks hand on more than the residual stream (Hymba's share keys), nothing is skipped.
     """
     tuples = isinstance(returned, tuple)
-    blocks = [] if tuples and any(v is not None for v in returned[1:]) else model.blocks[:layer]
+    joined = tuples and any(v is not None for v in returned[1:]) and layer < model.n_layers
+    blocks = [] if joined else model.blocks[:layer]
     def _pass(*args, **kwargs):
         x = hidden.expand(len(args[0] if args else kwargs['hidden_states']), -1, -1)
         return (x, *returned[1:]) if tuples else x
