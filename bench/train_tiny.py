@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -274,15 +275,26 @@ def dropping(model, share):
     return [m.register_forward_hook(drop) for m in (model.get_input_embeddings(), *branches)] if share else []
 
 
-def train(name, out, compiled):
-    "Trains through the stages, from the last checkpoint if there is one; keeps a folder every 250 steps and at 2^n."
+def train(name, out, compiled, further=False):
+    """Trains through the stages, from the last checkpoint if there is one; keeps a folder every 250 steps and at 2^n.
+
+    With `further` and no checkpoint, goes on from the model that ships: one more stage has to stand in STAGES.
+    """
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
+    last, shipped = out/'last.pt', DATA/name
+    if further and not last.exists(): shutil.copy(shipped/'tokenizer.json', out/'tokenizer.json')
     if not (out/'tokenizer.json').exists(): make_tokenizer().save(str(out/'tokenizer.json'))
-    tok, last = Tokenizer.from_file(str(out/'tokenizer.json')), out/'last.pt'
+    tok = Tokenizer.from_file(str(out/'tokenizer.json'))
     fast_scans()
     model = configure(name, tok.get_vocab_size())
-    saved = torch.load(last, weights_only=True) if last.exists() else dict(model=model.state_dict(), step=0, spent=0.)
+    saved = dict(model=model.state_dict(), step=0, spent=0.)
+    if last.exists(): saved = torch.load(last, weights_only=True)
+    elif further:                                               # a stage has an optimiser of its own
+        *rows, final = (shipped/'log.jsonl').read_text().splitlines()
+        (out/'log.jsonl').write_text(''.join(f'{r}\n' for r in rows))
+        final = json.loads(final)
+        saved = dict(model=opened(shipped)[0].state_dict(), step=final['step'], spent=final['seconds'])
     model.load_state_dict(saved['model'])
     size = sum(p.numel() for p in model.parameters())
     print(f'{name}: {size:,} parameters, vocabulary {tok.get_vocab_size()}, from step {saved["step"]}', flush=True)
@@ -454,6 +466,7 @@ def main():
     ap.add_argument('--evaluate', action='store_true')
     ap.add_argument('--ship', action='store_true')
     ap.add_argument('--data', action='store_true')
+    ap.add_argument('--further', action='store_true', help='go on from the shipped model, with the stages that follow')
     ap.add_argument('--step', type=int, help='with --ship: a checkpoint instead of the finished model')
     ap.add_argument('--threads', type=int, default=1)
     ap.add_argument('--out', type=Path, default=Path(__file__).parent/'out')
@@ -464,7 +477,7 @@ def main():
     if a.evaluate: return evaluate(DATA/a.name)
     if a.name not in STAGES: ap.error(f'got {a.name!r}, expected one of {", ".join(STAGES)}')
     if a.ship: return ship(a.name, a.step, a.out/a.name)
-    train(a.name, a.out/a.name, not a.eager)
+    train(a.name, a.out/a.name, not a.eager, a.further)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,15 @@ import torch
 from circuitbench.edit import apply
 from circuitbench.load import load_model
 from circuitbench.memory import (
-    horizon, mean_distance, retention, singular_vectors, sink_share, stable_rank, state_lens, unembed)
+    horizon,
+    mean_distance,
+    retention,
+    singular_vectors,
+    sink_share,
+    stable_rank,
+    state_lens,
+    unembed,
+)
 from circuitbench.record import Delta
 from circuitbench.site import families
 
