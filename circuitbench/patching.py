@@ -318,6 +318,7 @@ def state_gradients(
     back = lambda g: F.pad(g, (0, 0, 0, 0, model.meta, 0))
     return {i: records[i].adjoint(back(grads[f'blocks.{i}.ssm.y']), [t + model.meta for t in at]) for i in layers}
 
+# %% ../nbs/53_patching.ipynb #screened
 def _screened(model, ids, measure, base, source, layers, pairs, columns, start, share):
     "First-order effects of all patches, and which are to be run."
     if not 0 < share <= 1: raise ValueError(f'got screen={share}, expected a share above 0 and up to 1')
