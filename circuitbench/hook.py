@@ -6,33 +6,31 @@
 __all__ = ['SCALARS', 'HookedModel', 'activation_view', 'HookInspector']
 
 # %% ../nbs/30_hook.ipynb #5d2bc927
-import math
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
-from types import SimpleNamespace
 
 import psutil
 import torch
 import transformers
 from torch import Tensor, nn
 
-from .attach import attach, check_points, keep_padding_out
+from .attach import check_points
 from .chart import heatmap
 from .draw import esc, token_strip, wrap
 from .edit import Edit, Meta, Rows, check_at, live, positions
-from .listen import Cache, Generation, Listener, Output, Read, Tap
+from .listen import Cache, Generation, Listener, Output, Read
 from .record import Delta, Mamba
-from .seam import CACHE, swapped
+from .seam import CACHE
 from .site import (
     BLOCK_SITES, MODEL_SITES, PER_STEP, Point, SiteTable, adapter_for, check_transformers, resolve, short, spans)
 from .state import State, from_cache, into_cache
 from .view import Inspector
+from .wiring import listening
 
 # %% ../nbs/30_hook.ipynb #HookedModel
 class HookedModel:
@@ -49,11 +47,11 @@ class HookedModel:
         self.name = name or type(hf).__name__
         self.config = hf.config.get_text_config()
         self.adapter = adapter_for(self.config.model_type)
-        self._module = import_module(self.adapter.module)
-        check_transformers(self.adapter, self._module, transformers.__version__)
+        self.module = import_module(self.adapter.module)
+        check_transformers(self.adapter, self.module, transformers.__version__)
         check_points(self.adapter, hf, self.config)
         self.blocks = hf.get_submodule(self.adapter.layers)
-        self._inside = {*self.adapter.inside, 'attn.pattern'} - ({'ssm.gate'} if self.adapter.gate else set())
+        self.inside = {*self.adapter.inside, 'attn.pattern'} - ({'ssm.gate'} if self.adapter.gate else set())
         self.points = [self.adapter.points(self.config, i) for i in range(len(self.blocks))]
         inner = (f'blocks.{i}.{s}' for i in range(len(self.blocks)) for s in self.adapter.block_sites(self.config, i))
         self._names = ['embed', *inner, 'logits']
@@ -61,7 +59,7 @@ class HookedModel:
         self.hook_point = short(self.site_names(hook_point or self.adapter.hook_point)[0])
         self.meta = self.adapter.meta(self.config)                       # rows that the model puts before the prompt
         uses = Counter(id(m) for block in self.blocks for m in block.modules())
-        self._shared = {m for m, n in uses.items() if n > 1}             # one module at several depths
+        self.shared = {m for m, n in uses.items() if n > 1}             # one module at several depths
         own = type(hf).__module__.startswith('circuitbench.')            # ours count positions themselves
         self._told = not own and 'position_ids' in signature(hf.forward).parameters
 
@@ -199,7 +197,7 @@ class HookedModel:
         if state is not None and self._told:
             options['position_ids'] = torch.arange(past, length, device=self.device).expand(len(ids), -1)
         recording = torch.enable_grad() if grad else nullcontext()
-        with self._listening(ear, backend, mask, grad, options['use_cache'], last), recording:
+        with listening(self, ear, backend, mask, grad, options['use_cache'], last), recording:
             out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
         strings = [self.strings(r) for r in ids] if names else []
         tokens = ids if state is None else torch.cat([state.tokens, ids], 1)
@@ -273,7 +271,7 @@ class HookedModel:
         self._check_memory(ear.reads, len(ids), length, False, n)
         fill, rng = self.hf.config.pad_token_id or 0, torch.random.fork_rng(enabled=seed is not None)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill, use_cache=True) | kwargs
-        with torch.no_grad(), rng, self._listening(ear, backend, mask, cached=True):
+        with torch.no_grad(), rng, listening(self, ear, backend, mask, cached=True):
             if seed is not None: torch.manual_seed(seed)
             mask = ids.new_ones(len(ids), n) if mask is None else mask
             mask = _mask_of_call(mask, state, past.shape[1])
@@ -344,81 +342,9 @@ class HookedModel:
         if name.endswith(('ssm.B', 'ssm.C')): cells /= shape[2]           # views, shared by the heads
         return cells*(read.dtype or (torch.float32 if short(name) in PER_STEP else self.dtype)).itemsize
 
-    def _swaps(self, backend: str) -> bool:
-        "Is our scan the one that runs? Where a GPU has the fused kernels, they are faster as long as nobody listens."
-        return backend == 'circuitbench' and not (self.device.type == 'cuda' and find_spec('mamba_ssm'))
-
-    @contextmanager
-    def _listening(self, ear: Listener, backend: str, mask: Tensor | None = None, grad=False, cached=False, last=False):
-        "Puts in what the listener needs, and takes it out on every exit."
-        if backend not in ('circuitbench', 'transformers'):
-            raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
-        wanted = dict.fromkeys((*ear.reads, *ear.edits))
-        in_scan = [n for n in wanted if short(n) in self._inside]
-        if in_scan and backend == 'transformers':
-            raise ValueError(f"got {in_scan[0]} with backend='transformers', which cannot be listened to inside; "
-                             'expected the default backend')
-        inside = {int(n.split('.')[1]) for n in in_scan} | ear.noted
-        now = SimpleNamespace(tap=None, state=None, length=0, block=None, limit=_NO_LIMIT)
-        embed = self.hf.get_submodule(self.ends['embed'].module)
-        with ExitStack() as stack:
-            hook = lambda handle: stack.callback(handle.remove)
-            hook(embed.register_forward_pre_hook(lambda m, args: ear.forward(args[0].shape[1])))
-            if grad: hook(embed.register_forward_hook(lambda m, args, out: out.detach().requires_grad_()))
-            swaps = bool(inside) or self._swaps(backend)
-            if swaps: stack.enter_context(swapped(self._module, self.adapter.functions, now))
-            if swaps and mask is not None: self._hook_padding(ear, mask, hook)
-            for i in range(len(self.blocks)):
-                tap = Tap(ear, i) if i in inside else None
-                if tap or self._shared or (cached and swaps): self._hook_block(i, tap, now, ear, hook)
-            for name in wanted: self._hook_site(name, ear, now, hook)
-            if last:
-                head = self.hf.get_submodule(self.ends['logits'].module)
-                hook(head.register_forward_pre_hook(lambda m, args: (args[0][:, -1:], *args[1:])))
-            yield
-
-    def _hook_padding(self, ear: Listener, mask: Tensor, hook):
-        "Keeps padding out of the convolutions."
-        for block, points in zip(self.blocks, self.points):
-            if 'ssm.in_proj' not in points: continue
-            linear = block.get_submodule(points['ssm.in_proj'].module)
-            if linear.bias is not None: keep_padding_out(linear, lambda: mask[:, ear.lo:ear.lo + ear.length], hook)
-
-    def _hook_block(self, i: int, tap: Tap | None, now, ear: Listener, hook):
-        "Tells the replaced functions which block is running, and from which state it starts."
-        mixer = self.blocks[i].get_submodule(self.points[i]['ssm'].module) if 'ssm' in self.points[i] else None
-        limit = getattr(mixer, 'time_step_limit', None) or _NO_LIMIT
-        def _before(m, args, kwargs):
-            cache = next((kwargs[k] for k in _CACHES if kwargs.get(k) is not None), None)
-            now.block, now.tap, now.length, now.limit = i, tap, ear.rows, limit
-            now.state = None if mixer is None or cache is None else cache.layers[i].recurrent_states[0]
-        def _after(m, args, out): now.tap = now.state = None
-        hook(self.blocks[i].register_forward_pre_hook(_before, with_kwargs=True))
-        hook(self.blocks[i].register_forward_hook(_after, always_call=True))
-
-    def _hook_site(self, name: str, ear: Listener, now, hook):
-        "Listens to a site that is a module's input or output; those within a replaced function have their tap."
-        hear, axes = partial(ear, name), self.site_shape(name, 1, 1)[2:]
-        if name in MODEL_SITES: return attach(self.hf, self.ends[name], hear, axes, hook)
-        _, i, site = name.split('.', 2)
-        block, points = self.blocks[int(i)], self.points[int(i)]
-        if site == 'ssm.gate' and self.adapter.gate:
-            def _hear(gate):
-                shown = gate.reshape(-1, ear.rows, *axes)
-                new = hear(shown)
-                return gate if new is shown else new.reshape(gate.shape)
-            self.adapter.gate(block.get_submodule(points['ssm'].module), _hear, hook)
-        elif site in points:
-            shared = id(block.get_submodule(points[site].module)) in self._shared
-            elsewhere = (lambda: self.blocks[now.block] is not block) if shared else lambda: False
-            attach(block, points[site], hear, axes, hook, elsewhere)
-
 def _mask_of_call(mask: Tensor | None, state: State | None, past: int) -> Tensor | None:
     "The mask as a model wants it that goes on from a state: of all positions for keys, else of the new ones."
     return mask if mask is None or state is None or state.attn else mask[:, past:]
-
-_NO_LIMIT = (0., math.inf)                                 # of dt
-_CACHES = ('cache', 'past_key_values', 'cache_params')     # transformers >= 5.24 has the first name, before the others
 
 # %% ../nbs/30_hook.ipynb #activation-view
 SCALARS = {

@@ -49,7 +49,7 @@ def errors(family, length, layers=4):
     off = lambda logits: float((logits.double() - truth).abs().max())
     every = [n for n in model._names if not n.endswith(('.write', '.state', '.decay'))]
     with torch.no_grad():
-        with swapped(model._module, {name: plain}, None): loop = off(model.hf(ids, use_cache=False).logits)
+        with swapped(model.module, {name: plain}, None): loop = off(model.hf(ids, use_cache=False).logits)
         listening = off(model.run_with_cache(ids, every)[0].logits)
         states = off(model.run_with_cache(ids, 'ssm.state', at='every:32', heads=[0])[0].logits)
         return dict(ours=off(model.run(ids).logits), listening=listening, states=states, loop=loop,

@@ -15,6 +15,7 @@ from circuitbench.hook import HookedModel
 from circuitbench.load import load_model
 from circuitbench.seam import attention_functions, home
 from circuitbench.site import SiteError, families, short
+from circuitbench.wiring import listening
 
 
 def top(x): return float(x.detach().abs().max())
@@ -37,7 +38,7 @@ def kept(model):
 
 def clean(model):
     "No hook is left and the module's functions are transformers' own."
-    functions = [getattr(*home(model._module, name)) for name in model.adapter.functions]
+    functions = [getattr(*home(model.module, name)) for name in model.adapter.functions]
     own = not any('<locals>' in getattr(f, '__qualname__', '') or isinstance(f, attention_functions) for f in functions)
     return own and not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
 
@@ -188,7 +189,7 @@ def test_generation_equals_uncached(model, ids):
 def test_a_prompt_in_two_pieces_is_the_prompt(model, ids):
     "transformers alone starts Mamba-1's second piece from an empty state."
     ear = model._listener((), (), None, None, None, ids.shape, ids.shape[1], False)
-    with model._listening(ear, 'circuitbench', cached=True), torch.no_grad():
+    with listening(model, ear, 'circuitbench', cached=True), torch.no_grad():
         first = model.hf(ids[:, :9], use_cache=True)
         name = next(n for n in ('cache', 'past_key_values', 'cache_params') if n in first)
         place = {'position_ids': torch.arange(9, 21)[None]} if model.adapter.family == 'bamba' else {}   # it starts at 0 else

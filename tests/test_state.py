@@ -105,7 +105,7 @@ def test_the_gradient_of_the_first_state_is_a_finite_difference(family):
     state = model.run(ids(1), keep_state=True).state
     assert bool(state.ssm) == has_state(model)
     for i in list(state.ssm)[:1]:
-        start, step = state.ssm[i].double().requires_grad_(), 1e-3*float(state.ssm[i].norm())
+        step, start = 1e-3*float(state.ssm[i].norm()), state.ssm[i].double().requires_grad_()
         def metric(S, i=i):
             return model.run([7, 3, 11], state=state.map(lambda _: S, blocks=i), grad=True).logits[0, -1, :50].square().sum()
         g, = torch.autograd.grad(metric(start), start)
