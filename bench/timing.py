@@ -23,12 +23,13 @@ def alternate(calls, seconds=4., least=5):
     return {k: statistics.median(v) for k, v in times.items()}
 
 
-def options(what):
+def options(what, only=''):
     p = argparse.ArgumentParser(description=what)
     p.add_argument('--threads', type=int, default=os.cpu_count())
     p.add_argument('--seconds', type=float, default=4., help='per row of the table')
     p.add_argument('--quick', action='store_true', help='small sizes only, to see that it works')
     p.add_argument('--json', type=Path, help='also write the rows here')
+    if only: p.add_argument('--only', default=only, help='parts to measure')
     o = p.parse_args()
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)

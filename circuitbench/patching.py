@@ -179,7 +179,7 @@ def patch_states(
     heads: int | Iterable[int] | str | None = None,  # 'each', 'all' at once, numbers; None: 'each', in Mamba-1 'all'
     align: Iterable[tuple[int, int]] | None = None,  # (corrupt step, clean step) pairs; None: the same steps
     screen: float | None = None,  # share of the patches that are run, those with the largest derivative; None: all
-    rows: int = 2**14,  # tokens of a batch
+    rows: int = 2**12,  # tokens of a batch: more do not fit the caches of a CPU
     progress: bool = True,
 ) -> StatePatches:
     """The metric after replacing each state of the corrupt run by the clean run's, layer by step by head; exact.
