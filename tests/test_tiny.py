@@ -10,7 +10,7 @@ from circuitbench.load import tiny_path
 from circuitbench.shipped import bits_per_byte, score, shipped_models
 from circuitbench.task import text
 
-NAMES = ('mamba2', 'mamba1')
+NAMES = ('mamba2', 'mamba1', 'hybrid', 'jamba', 'rwkv7')
 
 
 @pytest.fixture(scope='module', params=NAMES)
