@@ -62,4 +62,6 @@ def test_error_at_length(family, length, capsys):
     e = errors(family, length)
     with capsys.disabled(): print(f'\n{family} at length {length}:', {k: f'{v:.2g}' for k, v in e.items()})
     assert max(e['ours'], e['listening'], e['states']) <= 1.5*e['loop']
-    if length <= 64: assert abs(e['ours'] - e['transformers']) <= 1e-5*e['largest'] and e['ours'] <= 1e-5*e['largest']
+    if length <= 64:                                       # some CPUs' matrix products alone are off by more than 1e-5
+        assert abs(e['ours'] - e['transformers']) <= 1e-5*e['largest']
+        assert e['ours'] <= max(1e-5*e['largest'], 1.1*e['transformers'])
