@@ -227,6 +227,14 @@ class HookedModel:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad(): return self.hf(input_ids=ids, use_cache=True)[CACHE]
 
+    def recurrent(self, layers: int | Iterable[int] | None = None) -> list[int]:
+        "The chosen blocks, None: all with a recurrence; ValueError for a block without one."
+        have = [i for i in range(self.n_layers) if f'blocks.{i}.ssm.state' in self._names]
+        layers = have if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        if lost := [i for i in layers if i not in have]:
+            raise ValueError(f"got block {lost[0]}, expected one with a recurrence: {spans(have) or 'there is none'}")
+        return layers
+
     @torch.no_grad()
     def recurrences(
         self,
@@ -238,10 +246,7 @@ class HookedModel:
         state: State | None = None,
     ) -> dict[int, Mamba | Delta]:
         "The inputs of the recurrences in one run, by block; ValueError for a block without one."
-        have = [i for i, p in enumerate(self.points) if f'blocks.{i}.ssm.state' in self._names]
-        layers = have if layers is None else [layers] if isinstance(layers, int) else list(layers)
-        if lost := [i for i in layers if i not in have]:
-            raise ValueError(f"got block {lost[0]}, expected one with a recurrence: {spans(have) or 'there is none'}")
+        layers = self.recurrent(layers)
         notes = self._run(prompt, edit, (), None, None, None, mask, pad, False, 'circuitbench', state, False, layers)[2]
         return {i: (Mamba if notes[i][0] == 'mamba' else Delta)(**notes[i][1]) for i in layers}
 

@@ -188,10 +188,7 @@ def patch_states(
     answers of several tokens.
     """
     (src, _), (ids, _) = model.tokens(clean), model.tokens(corrupt)
-    pairs = _pairs(ids, src, steps, align)
-    have = [i for i in range(model.n_layers) if f'blocks.{i}.ssm.state' in model.site_names('*')]
-    layers = have if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    columns = _columns(model, have, heads)
+    pairs, layers, columns = _pairs(ids, src, steps, align), model.recurrent(layers), _columns(model, heads)
     with torch.no_grad():
         source, base = model.recurrences(src, layers), base_run(model, ids, layers)
         logits = [model.run(x, last=True).logits[:, -1].float() for x in (src, ids)]
@@ -227,9 +224,9 @@ def _pairs(ids, src, steps, align) -> list[tuple[int, int]]:
     if not steps: raise ValueError('got no steps, expected at least one')
     return [(t, known[t]) for t in steps]
 
-def _columns(model, have, heads) -> list[int | None]:
+def _columns(model, heads) -> list[int | None]:
     "The heads that are patched one by one; None is all at once."
-    n = model.heads(f'blocks.{have[0]}.ssm.state') if have else 0
+    n = model.sizes.get('head', 0)
     if heads is None: heads = 'all' if model.sizes.get('d_head') == 1 else 'each'
     if heads == 'all': return [None]
     columns = list(range(n)) if heads == 'each' else [heads] if isinstance(heads, int) else list(heads)
@@ -307,9 +304,7 @@ def state_gradients(
     The model's own graph is of its read-outs; each state's gradient is carried back from those, so that no graph of all
     steps is kept.
     """
-    ids, _ = model.tokens(prompt)
-    have = [i for i in range(model.n_layers) if f'blocks.{i}.ssm.state' in model.site_names('*')]
-    layers = have if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    (ids, _), layers = model.tokens(prompt), model.recurrent(layers)
     at = list(range(ids.shape[1]) if at is None else at)
     records = model.recurrences(ids, layers)
     names = [f'blocks.{i}.ssm.y' for i in layers]

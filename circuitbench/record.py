@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .delta import delta, delta_chunk, delta_step
-from .scan import decays, scan
+from .scan import decays, scan, step
 
 # %% ../nbs/07_record.ipynb #Recurrence
 class _Recurrence:
@@ -111,10 +111,8 @@ class Mamba(_Recurrence):
         "The gradient with respect to the states after some steps, (batch, len(at), head, d_head, d_state)."
         C = self.C.repeat_interleave(self.heads//self.C.shape[2], 2)
         def _back(S, t):
-            if t + 1 < self.length:
-                a = decays(self.dt[:, t + 1:t + 2], self.A)[:, 0]
-                S = S*(a[..., None, None] if a.dim() == 2 else a[:, :, None])
-            return S + grad[:, t, ..., None]*C[:, t, :, None]
+            new = grad[:, t, ..., None]*C[:, t, :, None]
+            return new if t + 1 == self.length else step(S, decays(self.dt[:, t + 1:t + 2], self.A)[:, 0], new)
         return self._backwards(_back, grad, at)
 
     def attention(
