@@ -8,7 +8,6 @@ __all__ = ['STRONGEST', 'Effect', 'Circuit', 'extract_circuit', 'circuit_view', 
 # %% ../nbs/51_circuit.ipynb #f21607f3
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .ablate import Case, Cell, Sheet, ablated, cases, cells, running_means, scores, sheet
+from .file import beside
 from .hook import HookedModel
 from .latent import shipped_text, token_rows
 from .listen import Output
@@ -109,13 +109,9 @@ class Circuit:
         body = {'format': _FORMAT, 'version': _VERSION, 'clean': number(self.clean)}
         body |= {k: getattr(self, k) for k in _TEXTS}
         body |= {k: [[number(x) for x in row] for row in getattr(self, k).tolist()] for k in _PER.values()}
-        path = Path(path)
-        beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
-            beside.write_text(json.dumps(body, indent=1, allow_nan=False, ensure_ascii=False) + '\n', encoding='utf-8')
-            os.replace(beside, path)
-        finally: beside.unlink(missing_ok=True)
-        return path
+        text = json.dumps(body, indent=1, allow_nan=False, ensure_ascii=False)
+        with beside(path) as new: new.write_text(text + '\n', encoding='utf-8')
+        return Path(path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> 'Circuit':

@@ -191,7 +191,7 @@ class HookedModel:
         if state is not None: state, mask = self._state_for(state, ids, mask, backend)
         length = past + ids.shape[1]
         ear = self._listener(names, edit, at, heads, dtype, (len(ids), length), length, grad, past, noted)
-        self._check_memory(ear.reads, *ids.shape, grad, length, last)
+        self._check_memory(ear.reads, *ids.shape, grad, length, last, past)
         options = dict(use_cache=keep_state or state is not None)
         if state is not None: options |= self._cached(state)
         if state is not None and self._told:
@@ -324,7 +324,7 @@ class HookedModel:
                 raise ValueError(f'got position {p} in {what}, expected {-prompt} to {length - 1} '
                                  f'for a prompt of {prompt} tokens')
 
-    def _check_memory(self, reads, batch: int, pos: int, grad: bool, prompt: int, last: bool = False):
+    def _check_memory(self, reads, batch: int, pos: int, grad: bool, prompt: int, last: bool = False, past: int = 0):
         "ValueError with the size and the ways out, before anything is run."
         cuda = self.device.type == 'cuda'
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
@@ -334,15 +334,16 @@ class HookedModel:
         if need > free:
             raise ValueError(f'got a prompt of {batch} x {pos} tokens, whose run needs about {need/2**30:.1f} GiB '
                              f'of the {free/2**30:.1f} GiB that are free; expected fewer or shorter prompts')
-        size = sum(self._bytes(n, r, batch, pos, prompt) for n, r in reads.items())
+        size = sum(self._bytes(n, r, batch, (past or -self.meta, past + pos), prompt) for n, r in reads.items())
         if size > self.share*free:
             raise ValueError(f'got {len(reads)} sites of {size/2**30:.1f} GiB to keep, '
                              f'expected at most {self.share:.0%} of the {free/2**30:.1f} GiB that are free; '
-                             'ways out: at=[...], heads=, dtype=torch.bfloat16, fewer names')
+                             'ways out: at=[...], heads=, dtype=torch.bfloat16, fewer names, '
+                             'or store_states(model, prompt, folder), which streams them to disk')
 
-    def _bytes(self, name: str, read: Read, batch: int, pos: int, prompt: int) -> float:
+    def _bytes(self, name: str, read: Read, batch: int, rows: tuple[int, int], prompt: int) -> float:
         "The memory that a read takes."
-        shape = self.site_shape(name, batch, len(positions(read.at, -self.meta, pos, prompt)[0]))
+        shape = self.site_shape(name, batch, len(positions(read.at, *rows, prompt)[0]))
         cells = torch.Size(shape).numel()*(1 if read.heads is None else len(read.heads)/shape[2])
         if name.endswith(('ssm.B', 'ssm.C')): cells /= shape[2]           # views, shared by the heads
         return cells*(read.dtype or (torch.float32 if short(name) in PER_STEP else self.dtype)).itemsize

@@ -8,7 +8,6 @@ __all__ = ['above', 'Base', 'base_run', 'StatePatches', 'by_ends', 'patch_states
 # %% ../nbs/53_patching.ipynb #imports
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from .ablate import cases
 from .chart import heatmap
 from .draw import esc, num, table, wrap
 from .edit import Edit
+from .file import beside
 from .hook import HookedModel
 from .record import Delta, Mamba
 from .view import save_page
@@ -116,13 +116,10 @@ class StatePatches:
 
     def save(self, path: str | Path) -> Path:
         "Writes a safetensors file, whole or not at all."
-        path, note = Path(path), {k: getattr(self, k) for k in _NOTES} | {'format': _FORMAT}
-        beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
-            save_file({'effects': self.effects, 'exact': self.exact}, beside, {'circuitbench': json.dumps(note)})
-            os.replace(beside, path)
-        finally: beside.unlink(missing_ok=True)
-        return path
+        note = {k: getattr(self, k) for k in _NOTES} | {'format': _FORMAT}
+        with beside(path) as new:
+            save_file({'effects': self.effects, 'exact': self.exact}, new, {'circuitbench': json.dumps(note)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> 'StatePatches':
@@ -230,7 +227,7 @@ def _columns(model, heads) -> list[int | None]:
     if heads is None: heads = 'all' if model.sizes.get('d_head') == 1 else 'each'
     if heads == 'all': return [None]
     columns = list(range(n)) if heads == 'each' else [heads] if isinstance(heads, int) else list(heads)
-    if not columns or any(not 0 <= h < n for h in columns):
+    if not columns or any(not isinstance(h, int) or not 0 <= h < n for h in columns):
         raise ValueError(f"got heads={heads}, expected 'each', 'all' or some of 0 to {n - 1}")
     return columns
 
@@ -362,7 +359,7 @@ def _figure(r, value, rows, what, title):
     fig, ax = plt.subplots(figsize=(2 + .28*m, 1.6 + .25*n), layout='constrained')
     image = ax.imshow(value.numpy(), aspect='auto', cmap='RdBu_r', vmin=-high, vmax=high)
     ax.set(xticks=range(m), yticks=range(n), yticklabels=rows, ylabel=what, title=title)
-    ax.set_xticklabels([r.tokens[t].strip() for t in r.steps], rotation=60, ha='right')
+    ax.set_xticklabels([r.tokens[t].strip() for t in r.steps], rotation=60, ha='right', parse_math=False)
     fig.colorbar(image, ax=ax, label=f'recovery of {r.metric}')
     plt.close(fig)                                                         # shown once, by whoever displays it
     return fig

@@ -121,20 +121,34 @@ class Mamba(_Recurrence):
     ) -> Tensor:
         "Hidden attention M with y = M x + D x from an empty first state: (batch, head, rows, pos)."
         rows = self._rows(rows)
-        end = max(rows) + 1
-        f, at = torch.promote_types(self.x.dtype, torch.float32), torch.tensor(rows, device=self.x.device)
-        dt, log = self.dt[:, :end].to(f).transpose(1, 2), self.dt[:, :end].double().cumsum(1).transpose(1, 2)   # b h l
-        gone = log[:, :, at, None] - log[:, :, None]                       # b h r l, time between write and read
-        gone = gone.masked_fill(at[:, None] < torch.arange(end, device=at.device), torch.inf)
-        B, C = (v.transpose(1, 2).to(f) for v in (self.B[:, :end], self.C[:, at]))                 # b g l n, b g r n
-        A, each = self.A.double(), self.heads//B.shape[1]                  # heads a group
-        if A.dim() == 1: M = torch.exp(gone*A[:, None, None]).to(f)*(C @ B.mT).repeat_interleave(each, 1)
+        order, log = sorted({*rows}), self.dt.double().cumsum(1).transpose(1, 2)        # b h l
+        f = torch.promote_types(self.x.dtype, torch.float32)
+        M = torch.zeros(*log.shape[:2], len(order), self.length, dtype=f, device=log.device)
+        for i in range(0, len(order), 64):
+            some = order[i:i + 64]
+            M[:, :, i:i + 64, :some[-1] + 1] = self._read(some, log, f)
+        return M if rows == order else M[:, :, [order.index(t) for t in rows]]
+
+    def _read(self, at, log, f) -> Tensor:
+        "Rows of M at ascending steps, up to the last; decays to the first of them and from it on are apart."
+        lo, end, A = at[0], at[-1] + 1, self.A.double()
+        B, C = (v.transpose(1, 2).to(f)[:, :, None] for v in (self.B[:, :end], self.C[:, at]))    # b g 1 l n, b g 1 r n
+        heads = lambda v: v.unflatten(1, (B.shape[1], -1))
+        since, before = log[:, :, at] - log[:, :, lo, None], log[:, :, lo, None] - log[:, :, :lo]  # b h r, b h lo
+        near = log[:, :, at, None] - log[:, :, None, lo:end]                                       # b h r l
+        steps = torch.tensor(at, device=log.device)
+        near = near.masked_fill(steps[:, None] < torch.arange(lo, end, device=log.device), torch.inf)
+        if A.dim() == 1:
+            far = torch.exp(since*A[:, None])[..., None]*torch.exp(before*A[:, None])[:, :, None]
+            M = heads(torch.cat([far, torch.exp(near*A[:, None, None])], -1).to(f))*(C @ B.mT)
         else:
-            M = torch.zeros(gone.shape, dtype=f, device=gone.device)
+            kept = lambda time: heads(torch.exp(time[..., None]*A[:, None]).to(f))                 # b g . time n
+            far, M = (C*kept(since)) @ (B[..., :lo, :]*kept(before)).mT, 0
             for n in range(A.shape[1]):                                    # never a tensor of rows x pos x d_state
-                pairs = (C[..., n, None]*B[:, :, None, :, n]).repeat_interleave(each, 1)
-                M.addcmul_(torch.exp(gone*A[:, n, None, None]).to(f), pairs)
-        return F.pad(M*dt[:, :, None], (0, self.length - end))
+                pairs = C[..., n, None]*B[..., None, lo:, n]
+                M = M + heads(torch.exp(near*A[:, n, None, None]).to(f))*pairs
+            M = torch.cat([far, M], -1)
+        return M.flatten(1, 2)*self.dt[:, :end].to(f).transpose(1, 2)[:, :, None]
 
     def carried(
         self,

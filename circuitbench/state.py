@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .file import beside
+
 # %% ../nbs/08_state.ipynb #State
 PARTS = 'ssm', 'conv', 'attn'
 
@@ -105,12 +107,8 @@ class State:
         named |= {f'ssm.{i}': v for i, v in self.ssm.items()}
         named |= {f'{part}.{i}.{k}': v for part in ('conv', 'attn') for i, vs in getattr(self, part).items()
                   for k, v in enumerate(vs)}
-        path, note = Path(path), {'circuitbench': json.dumps(dict(kind='state', family=self.family))}
-        beside = path.with_name(f'{path.name}.part')
-        try:
-            save_file({k: v.detach().contiguous() for k, v in named.items()}, beside, metadata=note)
-            beside.replace(path)
-        finally: beside.unlink(missing_ok=True)
+        note = {'circuitbench': json.dumps(dict(kind='state', family=self.family))}
+        with beside(path) as new: save_file({k: v.detach().contiguous() for k, v in named.items()}, new, metadata=note)
 
     @classmethod
     def load(cls, path: str | Path) -> 'State':

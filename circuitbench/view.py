@@ -8,7 +8,6 @@ __all__ = ['page', 'save_page', 'Inspector', 'bars', 'columns', 'heatmap', 'hist
 
 # %% ../nbs/05_view.ipynb #137bd3df
 import asyncio
-import os
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
@@ -19,6 +18,7 @@ from traitlets import TraitError
 
 from .chart import bars, heatmap, histogram, lines  # noqa: F401
 from .draw import STYLE, columns, esc, num, table, text_diff, token_strip, wrap  # noqa: F401
+from .file import beside
 
 _all_ = ['bars', 'columns', 'heatmap', 'histogram', 'lines', 'table', 'text_diff', 'token_strip', 'wrap', 'STYLE']
 
@@ -65,13 +65,9 @@ def save_page(
     lead='',      # a paragraph under the title, plain text
 ) -> Path:
     "Write a page to a file, whole or not at all."
-    path, text = Path(path), page(title, sections, lead)
-    beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        beside.write_text(text, encoding='utf-8')
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
-    return path
+    text = page(title, sections, lead)
+    with beside(path) as new: new.write_text(text, encoding='utf-8')
+    return Path(path)
 
 # %% ../nbs/05_view.ipynb #slider
 def _slider(name, low, high, step=None):

@@ -1,4 +1,9 @@
 """What is said of a memory, against float64 numpy and the model's own modules."""
+import base64
+import json
+import re
+from html import unescape
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +11,11 @@ import torch
 from circuitbench.edit import apply
 from circuitbench.load import load_model
 from circuitbench.memory import (
+    directions_view,
     horizon,
+    lens_view,
     mean_distance,
+    memory_view,
     retention,
     singular_vectors,
     sink_share,
@@ -91,3 +99,60 @@ def test_steps_that_are_not_there():
     with pytest.raises(ValueError, match='got step 20, expected some of 0 to 19'): state_lens(model, PROMPT, 0, [20])
     with pytest.raises(ValueError, match='got step -1'): state_lens(model, PROMPT, 0, [1], -1)
     with pytest.raises(ValueError, match='got block 9'): state_lens(model, PROMPT, 9)
+
+
+def maps(html):
+    "The values, row labels and column labels of each heat map, as its hover reads them."
+    out = []
+    for size, halves, labels in re.findall(r'data-n="([^"]*)" data-v="([^"]*)" data-l="([^"]*)"', html):
+        rows, cols, k = map(float, size.split())
+        v = np.frombuffer(base64.b64decode(halves), '<f2').astype(float)*k
+        out.append((v.reshape(int(rows), int(cols)), *json.loads(unescape(labels))[:2]))
+    return out
+
+
+@pytest.mark.parametrize('family', ['mamba1', 'mamba2', 'rwkv7', 'qwen3-next', 'hymba', 'jamba'])
+def test_the_maps_show_the_quantities(family):
+    model = load_model(f'mock://{family}-tiny')
+    records, words = model.recurrences([PROMPT]), model.strings(torch.tensor(PROMPT))
+    one = lambda v, f: v if v.dim() == 1 else f(v)
+    three = maps(memory_view(records, words))
+    for k, (i, r) in enumerate(records.items()):
+        tau = one(horizon(r)[0], lambda v: v.sort(-1)[0][..., (v.shape[-1] - 1)//2])
+        want = tau.log10(), mean_distance(r.attention())[0], sink_share(r)[0]
+        for (value, rows, _), w in zip(three, want, strict=True):
+            assert rows[k] == str(i) and np.allclose(value[k], w, rtol=2e-3, atol=2e-3*np.abs(value).max())
+    (kept, _, steps), (rank, _, _) = maps(memory_view(records, words, i))
+    left = retention(r)[0]
+    assert np.allclose(kept, (left if left.dim() == 2 else left.mean(-1)).T, atol=2e-3)
+    assert np.allclose(rank, stable_rank(r.states(range(r.length))[0]).T, rtol=2e-3)
+    assert len(steps) == r.length == 20 + model.meta and steps[-1] == f'19 {words[-1]}'
+    assert steps[:model.meta] == [f'meta {t}' for t in range(model.meta)]
+    with pytest.raises(ValueError, match='got layer 99'): memory_view(records, words, 99)
+
+
+def test_directions_are_turned_alike():
+    "Where each is written, to within a sign that changes only with the direction."
+    model = load_model('mock://rwkv7-tiny')
+    S = model.recurrences(PROMPT, 0)[0].states(range(20))[0, :, 1]
+    page = directions_view(S, n=2)
+    (value, rows, steps), = maps(page)
+    _, _, vt = np.linalg.svd(S.double().numpy())
+    assert rows is None and steps == [str(t) for t in range(20)]
+    assert np.allclose(np.abs(value.T), np.abs(vt[:, 0]), atol=5e-3) and (np.diff(value.T, axis=0)**2).sum(1).max() <= 2.01
+    assert 'singular value 2' in page and 'singular value 3' not in page
+
+
+def test_the_table_of_a_lens_says_what_the_lens_says(tmp_path):
+    model = load_model('tiny://mamba2')
+    look = state_lens(model, 'And the elders of Cuba were gathered in', 3, [2, 4, 7], 7)
+    page, best = lens_view(look, [3, 0], n=2), look.top(2)
+    cells = [tuple(map(unescape, c)) for c in re.findall(r'<td data-t="([^"]*)" style="[^"]*">([^<]*)</td>', page)]
+    assert [word for _, word in cells] == [row[h][0][0] for row in best for h in (3, 0)]
+    assert cells[-1][0].startswith(f"step 7  in, head 0: ' Havana' {best[2][0][0][1]:.1f}, {best[2][0][1][0]!r} ")
+    assert 'query and gate of step 7' in page and 'of each step' in lens_view(state_lens(model, [5, 6], 3))
+    assert 'Havana' in look.to_html(tmp_path/'lens.html').read_text()
+    figure = look.plot(0)
+    assert [t.get_text() for t in figure.axes[0].texts][-1] == 'Havana' and figure.axes[0].images[0].get_array().shape == (1, 3)
+    with pytest.raises(ValueError, match=r'got heads=\[8\], expected some of 0 to 7'): lens_view(look, 8)
+    with pytest.raises(ValueError, match=r'got heads=\[\]'): look.plot([])
