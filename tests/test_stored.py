@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -136,14 +135,23 @@ def call(folder): return store_states(model, x, folder, at='every:2', piece=4, p
 """
 
 
+STOPPED = CALL + """
+import os
+calls = []
+def stop(module, args):
+    calls.append(1)
+    if len(calls) == 30: os.kill(os.getpid(), int(sys.argv[3]))
+model.blank
+model.blocks[0].register_forward_pre_hook(stop)
+call(sys.argv[2])
+"""
+
+
 @pytest.mark.parametrize('family, how', [('falcon-h1', signal.SIGINT), ('hymba', signal.SIGKILL)])
 def test_an_interrupted_call_goes_on_to_the_same_files(family, how, tmp_path):
     model, x, part = load_model(f'mock://{family}-tiny'), ids(1, 300), tmp_path/'part'
-    child = subprocess.Popen([sys.executable, '-c', CALL + f'call({str(part)!r})', family], stderr=subprocess.PIPE, text=True)
-    while not (part/'000005.safetensors').exists() and child.poll() is None: time.sleep(.005)
-    child.send_signal(how)
-    error = child.communicate()[1]
-    assert child.returncode != 0 and (how == signal.SIGKILL or 'KeyboardInterrupt' in error)
+    child = subprocess.run([sys.executable, '-c', STOPPED, family, str(part), str(int(how))], stderr=subprocess.PIPE, text=True)
+    assert child.returncode != 0 and (how == signal.SIGKILL or 'KeyboardInterrupt' in child.stderr)
     there = StoredStates.load(part)
     assert not there.complete and 12 <= len(there.available) < 150 and f'{len(there.available)} of 150 steps' in repr(there)
     early = {n: there[n] for n in there}
