@@ -22,7 +22,7 @@ from .chart import heatmap
 from .draw import columns, esc, num, table, wrap
 from .file import beside
 from .hook import HookedModel
-from .patching import _columns
+from .patching import head_columns
 from .ridge import cross_validated, split
 from .view import save_page
 
@@ -171,7 +171,7 @@ def probe_states(
     labels of another number, a single class, classes too small for the folds, and steps, heads or layers that are not
     there.
     """
-    layers, heads = model.recurrent(layers), _columns(model, heads)
+    layers, heads = model.recurrent(layers), head_columns(model, heads)
     ids = [model.tokens(p)[0][0].cpu() for p in prompts]
     classes, fold, truth = _labels(ids, labels, groups, folds, shuffles, seed)
     steps, where = _steps(model, ids, at)
