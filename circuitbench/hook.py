@@ -197,7 +197,8 @@ class HookedModel:
         if state is not None and self._told:
             options['position_ids'] = torch.arange(past, length, device=self.device).expand(len(ids), -1)
         recording = torch.enable_grad() if grad else nullcontext()
-        with listening(self, ear, backend, mask, grad, options['use_cache'], last), recording:
+        rows = len(ids) if ids.stride(0) == 0 else 1                       # one prompt, seen several times
+        with listening(self, ear, backend, mask, grad, options['use_cache'], last, rows), recording:
             out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
         strings = [self.strings(r) for r in ids] if names else []
         tokens = ids if state is None else torch.cat([state.tokens, ids], 1)

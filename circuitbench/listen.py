@@ -55,6 +55,13 @@ class Listener:
 
     def wants(self, name: str) -> bool: return name in self.reads or name in self.edits
 
+    def branch(self) -> int | None:
+        "The block whose read-out is the first thing that is edited; up to it, rows of one prompt are one."
+        blocks = [int(n.split('.')[1]) for n in self.edits if n.startswith('blocks.')]
+        if self.reads or self.path or self.noted or not blocks or len(blocks) < len(self.edits): return None
+        first = f'blocks.{min(blocks)}.'
+        return min(blocks) if [n for n in self.edits if n.startswith(first)] == [f'{first}ssm.y'] else None
+
     def __call__(self, name: str, x: Tensor, lo: int | None = None) -> Tensor:
         "x (batch, pos, ...) after the edits at this site, kept if someone reads it."
         if lo is None: lo = self.lo + self.length - x.shape[1]   # generating, transformers has the last logits alone
@@ -122,8 +129,12 @@ class Tap:
     "What `seam` calls within one block."
     def __init__(self, listener: Listener, block: int):
         self.listener, self.block, self.prefix, self.first = listener, block, f'blocks.{block}.', 0
+        self.branch = None                                   # how many rows the read-out of one row goes to
     def wants(self, site): return self.listener.wants(self.prefix + site)
-    def __call__(self, site, x): return self.listener(self.prefix + site, x) if self.wants(site) else x
+
+    def __call__(self, site, x):
+        if self.branch and site == 'ssm.y' and len(x) == 1: x = x.expand(self.branch, *x.shape[1:])
+        return self.listener(self.prefix + site, x) if self.wants(site) else x
 
     def at(self, site, x, t):
         "The same for one step t of this call: x has no pos axis."

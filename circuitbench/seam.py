@@ -148,10 +148,11 @@ def short_conv(
     x: Tensor,  # (batch, pos, channel)
     weight: Tensor,  # (channel, width)
     bias: Tensor | None = None,  # (channel,)
+    sums: torch.dtype = torch.float64,
 ) -> Tensor:
-    "Causal depthwise convolution summed in float64, equal to `causal_conv1d_fn` without the activation."
-    width, taps, v = weight.shape[1], weight.double().mT.contiguous(), x.double()   # the last tap weighs the present
-    y = v*taps[-1] if bias is None else torch.addcmul(bias.double(), v, taps[-1])
+    "Causal depthwise convolution, equal to `causal_conv1d_fn` without the activation; summed in float64."
+    width, taps, v = weight.shape[1], weight.to(sums).mT.contiguous(), x.to(sums)   # the last tap weighs the present
+    y = v*taps[-1] if bias is None else torch.addcmul(bias.to(sums), v, taps[-1])
     for lag in range(1, min(width, x.shape[1])): y[:, lag:].addcmul_(v[:, :-lag], taps[-1 - lag])
     return y.to(x.dtype)
 
@@ -160,7 +161,8 @@ def conv(live, original: Callable) -> Callable:
     def _replacement(hidden_states, weight, bias=None, activation=None, **kwargs):
         if hidden_states.device.type != 'cpu':
             return _tapped_conv(live, original(hidden_states, weight, bias, activation=activation, **kwargs))
-        y = short_conv(hidden_states.transpose(1, 2), weight, bias)           # transformers: (batch, channel, pos)
+        x = hidden_states.transpose(1, 2)                                      # transformers: (batch, channel, pos)
+        y = short_conv(x, weight, bias, getattr(live, 'sums', torch.float64))
         return _tapped_conv(live, (y if activation is None else ACT2FN[activation](y)).transpose(1, 2))
     return _replacement
 
