@@ -3,8 +3,8 @@
     python bench/length.py [--quick] [--json OUT]
 
 Four blocks of d_model 512 each, as in bench/families.py, the logits of the last position. `us` is microseconds a token,
-`MiB` what the process takes on top of the model at most. `states` keeps the state of all blocks after 32 steps. The
-branches are those of the hybrid's blocks, timed within one run.
+`MiB` what the process takes on top of the model at most. `states` keeps the state of all blocks after 32 steps. Lengths
+beyond 4,096 are run once. The branches are those of the hybrid's blocks, timed within one run.
 """
 import statistics
 import time
@@ -36,20 +36,28 @@ def branches(model, ids, times=3):
     return {k: statistics.median(s[k] for s in spent) for k in kinds}
 
 
+def once(call):
+    "Seconds of a single call: the long ones take minutes."
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 @torch.no_grad()
 def main(o):
     models, rows = {k: opened(k, o.quick) for k in ('mamba2', 'falcon-h1', 'llama')}, []
     for length in (32, 64) if o.quick else LENGTHS:
-        ids, few = torch.randint(0, 257, (1, length)), 5 if length <= 4096 else 1
+        ids, long = torch.randint(0, 257, (1, length)), length > 4096
         at = f'every:{length//32}'
         calls = {k: partial(m.run, ids, last=True) for k, m in models.items()}
         calls['states'] = partial(models['mamba2'].run_with_cache, ids, 'ssm.state', at=at)
-        t, mib = alternate(calls, o.seconds if few > 1 else 0, few), {k: peak(f) for k, f in calls.items()}
-        parts, us = branches(models['falcon-h1'], ids, few), 1e6/length
+        t = {k: once(f) for k, f in calls.items()} if long else alternate(calls, o.seconds, 5)
+        mib = {k: '-' if length > 16384 else peak(f) for k, f in calls.items()}
+        parts, us = branches(models['falcon-h1'], ids, 1 if long else 5), 1e6/length
         rows.append(dict(tokens=length, mamba2_us=t['mamba2']*us, mamba2_MiB=mib['mamba2'], states_us=t['states']*us,
                          states_MiB=mib['states'], llama_us=t['llama']*us, llama_MiB=mib['llama'],
                          hybrid_us=t['falcon-h1']*us, its_ssm_us=parts['ssm']*us, its_attn_us=parts['attn']*us))
-        print('.', end='', flush=True)
+        table(rows[-1:], o, f'{length} tokens')
     table(rows, o, 'by length')
 
 

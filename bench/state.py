@@ -66,14 +66,14 @@ def editing(o, length):
 
 
 def swept(o):
-    "(name, model, length, layer, steps): all steps of the shipped model, every 64th of the large one."
+    "(name, model, length, layer, steps): all steps of the shipped model, every 16th of the large one."
     if o.quick: return [('mock', load_model('mock://mamba2-tiny'), 32, 1, range(0, 32, 8))]
     config = Mamba2Config(vocab_size=50288, hidden_size=768, num_hidden_layers=24, num_heads=24, head_dim=64,
                           state_size=128, n_groups=1, tie_word_embeddings=True)
     torch.manual_seed(0)
     large = HookedModel(Mamba2ForCausalLM(config), name='24 layers of 768')
     return [('tiny://mamba2', load_model('tiny://mamba2'), 256, 3, range(256)),
-            ('24 layers of 768', large, 256, 12, range(16, 256, 64))]
+            ('24 layers of 768', large, 256, 12, range(8, 256, 16))]
 
 
 def sweep(o):

@@ -104,6 +104,17 @@ class Edit:
 
     def at(self, at: At) -> 'Edit': return replace(self, pos=at)
     def heads(self, head: int | Iterable[int] | None) -> 'Edit': return replace(self, head=head)
+
+    def columns(self, columns: int | Iterable[int]) -> 'Edit':
+        "Some columns of the last axis alone: of a state, what stands under those keys."
+        columns = [columns] if isinstance(columns, int) else list(columns)
+        def _some(x, where):
+            if not columns or not 0 <= min(columns) <= max(columns) < x.shape[-1]:
+                raise ValueError(f'got columns={columns} for {self.site}, expected some of 0 to {x.shape[-1] - 1}')
+            chosen = torch.tensor(columns, device=x.device)
+            return x.index_copy(-1, chosen, self.f(x, where).to(x).expand_as(x).index_select(-1, chosen))
+        return replace(self, f=_some, label=f'{self.label}[:, {columns}]')
+
     def __mul__(self, k): return replace(self, s=k*self.s)
     __rmul__ = __mul__
     def __or__(self, other): return Edits((self,)) | other

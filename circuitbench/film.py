@@ -9,21 +9,19 @@ __all__ = ['StateFilm', 'film_states', 'film_view', 'StateInspector']
 import json
 from base64 import b64encode
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import anywidget
 import torch
 from IPython.display import display
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from traitlets import Bytes, Int, Unicode, validate
 
 from .chart import heatmap, png
 from .draw import RAMPS, STYLE, Scale, esc, num, table, token_strip, wrap
-from .file import beside
+from .file import beside, packed, read_record
 from .hook import HookedModel
 from .patching import StatePatches, base_run
 from .pictures import one_picture, pictures, read_alone
@@ -118,12 +116,7 @@ class StateFilm:
 
     def to_bytes(self) -> bytes:
         "The film in the safetensors format."
-        tensors, note = _parts(self)
-        if patches := note.pop('patches', None):
-            more, note['patches'] = _parts(patches, 'patches.')
-            tensors |= more
-        note |= {'format': _FORMAT, 'patch_steps': self.patch_steps}
-        return save({k: v.clone() for k, v in tensors.items()}, {'circuitbench': json.dumps(note)})
+        return packed(self, _FORMAT, patch_steps=self.patch_steps)
 
     def save(self, path: str | Path) -> Path:
         "Writes a safetensors file, whole or not at all."
@@ -133,19 +126,7 @@ class StateFilm:
     @classmethod
     def load(cls, path: str | Path) -> 'StateFilm':
         "Reads what `save` wrote; ValueError for anything else."
-        try:
-            with safe_open(path, 'pt') as f:
-                note = json.loads((f.metadata() or {}).get('circuitbench', '{}'))
-                if note.pop('format', None) != _FORMAT: raise ValueError('it says nothing of a film of states')
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-            note = {k: tuple(v) if isinstance(v, list) else v for k, v in note.items() if k != 'patch_steps'}
-            own = {k: v for k, v in tensors.items() if '.' not in k}
-            if patches := note.pop('patches', None):
-                patches = {k: tuple(v) if isinstance(v, list) else v for k, v in patches.items()}
-                patches = StatePatches(**patches, **{k[8:]: v for k, v in tensors.items() if '.' in k})
-            return cls(**note, **own, patches=patches)
-        except (SafetensorError, ValueError, TypeError, AttributeError) as err:
-            raise ValueError(f'got {path}, which cannot be read ({err}); expected a file of StateFilm.save') from err
+        return read_record(path, cls, _FORMAT, patches=StatePatches)
 
     def plot(self, step: int = -1, layer: int | None = None):
         "A matplotlib figure of every head's state after a step."
@@ -163,17 +144,13 @@ class StateFilm:
     def __repr__(self):
         (L, T, H, R, C), (rows, cols) = self.states.shape, self.shape
         block = 'exact' if (rows, cols) == (R, C) else f'the {self.pool} of blocks of {-(-rows//R)} x {-(-cols//C)}'
-        size, text = sum(v.nbytes for v in _parts(self)[0].values())/2**20, ''.join(self.tokens)
+        size = sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))/2**20
+        text = ''.join(self.tokens)
         what = 'all channels' if self.heads == ('all',) else f'{H} heads'
         if len(text) > 160: text = f'{text[:80]} … {text[-70:]}'
         return (f'{self.model}: states of {text!r}, {L} layers x {T} steps x {what} of {rows} x {cols}, '
                 f'pictures of {R} x {C}, {block}; {size:.2f} MiB')
 
-def _parts(x, prefix: str = '') -> tuple[dict[str, Tensor], dict]:
-    "The tensors of a result, and all else but what is missing."
-    own = {f.name: getattr(x, f.name) for f in fields(x)}
-    tensors = {prefix + k: v.contiguous() for k, v in own.items() if isinstance(v, Tensor)}
-    return tensors, {k: v for k, v in own.items() if v is not None and prefix + k not in tensors}
 
 # %% ../nbs/57_film.ipynb #film_states
 @torch.no_grad()
@@ -203,7 +180,7 @@ def film_states(
         known, index = index.unique(return_inverse=True)
         words, film['said'] = tuple(model.strings(known)), index.int()
     names = ('all',) if joined else tuple(map(str, chosen))
-    shape = (len(chosen) if joined else record._first.shape[3], record._keys.shape[3])
+    shape = (len(chosen) if joined else record.written.shape[3], record.keys.shape[3])
     return StateFilm(model.name, tuple(model.strings(ids[0])), tuple(layers), names, shape, pool, words,
                      patches=patches, **{k: v.cpu() for k, v in film.items()})
 

@@ -7,7 +7,6 @@ __all__ = ['above', 'Base', 'base_run', 'StatePatches', 'by_ends', 'patch_states
            'patch_view']
 
 # %% ../nbs/53_patching.ipynb #imports
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,8 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +23,7 @@ from .ablate import cases
 from .chart import heatmap
 from .draw import esc, num, table, wrap
 from .edit import Edit
-from .file import beside
+from .file import read_record, write_record
 from .hook import HookedModel
 from .record import Delta, Mamba
 from .view import save_page
@@ -117,22 +114,12 @@ class StatePatches:
 
     def save(self, path: str | Path) -> Path:
         "Writes a safetensors file, whole or not at all."
-        note = {k: getattr(self, k) for k in _NOTES} | {'format': _FORMAT}
-        with beside(path) as new:
-            save_file({'effects': self.effects, 'exact': self.exact}, new, {'circuitbench': json.dumps(note)})
-        return Path(path)
+        return write_record(path, self, _FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> 'StatePatches':
         "Reads what `save` wrote; ValueError for anything else."
-        try:
-            with safe_open(path, 'pt') as f:
-                note = json.loads((f.metadata() or {}).get('circuitbench', '{}'))
-                if note.pop('format', None) != _FORMAT: raise ValueError('it says nothing of state patches')
-                tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in note.items()}
-                return cls(**tuples, effects=f.get_tensor('effects'), exact=f.get_tensor('exact'))
-        except (SafetensorError, ValueError, TypeError) as err:
-            raise ValueError(f'got {path}, which cannot be read ({err}); expected a file of StatePatches.save') from err
+        return read_record(path, cls, _FORMAT)
 
     def plot(self, layer: int | None = None):
         "A matplotlib figure: recovery, step by head of one layer, or step by layer, the strongest head of each."
@@ -151,7 +138,6 @@ class StatePatches:
         rows = (f'  layer {i} step {t} {self.tokens[t]!r} head {h}: {v:.3f}' for i, t, h, v in self.top(5))
         return '\n'.join([head, *rows])
 
-_NOTES = ('model', 'tokens', 'source', 'metric', 'layers', 'steps', 'source_steps', 'heads', 'patched', 'clean')
 
 # %% ../nbs/53_patching.ipynb #patch
 def by_ends(
@@ -262,7 +248,7 @@ def _patch_layer(model, base, source, layer, pairs, alike, columns, measure, wan
         first = group[0][0]
         if first > at:
             state, at = model.run(base.ids[:, at:first], state=state, keep_state=True, last=True).state, first
-        dy = record._first.new_zeros(len(group), length - first, *record._first.shape[2:], dtype=torch.float32)
+        dy = record.written.new_zeros(len(group), length - first, *record.written.shape[2:], dtype=torch.float32)
         for k, (t, _, column, more) in enumerate(group):
             if column is None: dy[k, t - first:] = more[0]
             else: dy[k, t - first:, column] = more[0, :, column]

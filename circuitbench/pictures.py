@@ -47,7 +47,7 @@ def _units(
 
 def one_picture(record: Mamba | Delta) -> bool:
     "Are the heads single rows, Mamba-1's channels, which together make one picture?"
-    return record._first.shape[3] == 1 < record.heads
+    return record.written.shape[3] == 1 < record.heads
 
 def pictures(
     record: Mamba | Delta,  # of one prompt
@@ -62,7 +62,7 @@ def pictures(
         S = fold(S)[max(0, meta - t):]                                     # step head p n
         seen.append(pool(S, 2, cells, how))
         norms.append(torch.linalg.matrix_norm(S))
-    record._run(range(record.length), _see)
+    record.each_state(range(record.length), _see)
     if isinstance(record, Mamba):
         v, k = record.dt[..., None].float()*record.x, record.B.repeat_interleave(record.heads//record.B.shape[2], 2)
     else: v, k = record.v, record.k

@@ -6,21 +6,18 @@
 __all__ = ['ProbeResult', 'random_twin', 'probe_states', 'probe_view']
 
 # %% ../nbs/58_probe.ipynb #imports
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .chart import heatmap
 from .draw import columns, esc, num, table, wrap
-from .file import beside
+from .file import read_record, write_record
 from .hook import HookedModel
 from .patching import head_columns
 from .ridge import cross_validated, split
@@ -89,23 +86,12 @@ class ProbeResult:
 
     def save(self, path: str | Path) -> Path:
         "Writes a safetensors file, whole or not at all."
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
-        note = {k: v for k, v in parts.items() if k not in tensors} | {'format': _FORMAT}
-        with beside(path) as file: save_file(tensors, file, {'circuitbench': json.dumps(note)})
-        return Path(path)
+        return write_record(path, self, _FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> 'ProbeResult':
         "Reads what `save` wrote; ValueError for anything else."
-        try:
-            with safe_open(path, 'pt') as f:
-                note = json.loads((f.metadata() or {}).get('circuitbench', '{}'))
-                if note.pop('format', None) != _FORMAT: raise ValueError('it says nothing of probes')
-                tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in note.items()}
-                return cls(**tuples | {k: f.get_tensor(k) for k in f.keys()})      # noqa: SIM118, no mapping
-        except (SafetensorError, ValueError, TypeError) as err:
-            raise ValueError(f'got {path}, which cannot be read ({err}); expected a file of ProbeResult.save') from err
+        return read_record(path, cls, _FORMAT)
 
     def plot(self, layer: int | None = None, head: int | str | None = None):
         "A matplotlib figure: accuracy by step of one head with its interval and controls; None: of the best cell."

@@ -20,15 +20,17 @@ from .scan import decays, scan, step
 class _Recurrence:
     "What both kinds share."
     @property
-    def length(self) -> int: return self._first.shape[1]
+    def length(self) -> int: return self.written.shape[1]
     @property
-    def heads(self) -> int: return self._first.shape[2]
+    def heads(self) -> int: return self.written.shape[2]
     @property
     def state_size(self) -> int:
         "Entries of a head's state."
-        return self._first.shape[3]*self._keys.shape[-1]
+        return self.written.shape[3]*self.keys.shape[-1]
     @property
-    def _first(self) -> Tensor: return getattr(self, fields(self)[0].name)
+    def written(self) -> Tensor:
+        "What is written, (batch, pos, head, d_head)."
+        return getattr(self, fields(self)[0].name)
 
     def states(
         self,
@@ -40,14 +42,14 @@ class _Recurrence:
             raise ValueError(f'got at={at}, expected ascending steps from 0 to {self.length - 1}')
         chosen = {*at}
         def _see(name, S, t): rows.extend(S[:, i].clone() for i in range(S.shape[1]) if t + i in chosen)
-        self._run(at, _see)
+        self.each_state(at, _see)
         return torch.stack(rows, 1)
 
     def _backwards(self, back, grad, at) -> Tensor:
         "The states of a recurrence that runs from the end, at some steps."
         at = list(at)
         self._rows(at)
-        S, kept, chosen = grad.new_zeros(*grad.shape[:1], *grad.shape[2:], self._keys.shape[-1]), {}, {*at}
+        S, kept, chosen = grad.new_zeros(*grad.shape[:1], *grad.shape[2:], self.keys.shape[-1]), {}, {*at}
         for t in range(self.length - 1, min(at) - 1, -1):
             S = back(S, t)
             if t in chosen: kept[t] = S
@@ -93,7 +95,8 @@ class Mamba(_Recurrence):
         D, state = None if self.D is None else self.D[heads], None if self.state is None else self.state[:, heads]
         return Mamba(x, dt, A, B, C, D, state)
 
-    def _run(self, at, see):
+    def each_state(self, at, see):
+        "Calls `see('states', S, t)` with the states after steps t, t + 1, ..., as `scan` does with its reads."
         return scan(self.x, self.dt, self.A, self.B, self.C, self.D, self.state, tap=see, reads=at)
 
     def y(self) -> Tensor:
@@ -101,7 +104,9 @@ class Mamba(_Recurrence):
         return scan(self.x, self.dt, self.A, self.B, self.C, self.D, self.state)[0]
 
     @property
-    def _keys(self) -> Tensor: return self.B
+    def keys(self) -> Tensor:
+        "Where it is written, (batch, pos, group, d_state)."
+        return self.B
 
     def adjoint(
         self,
@@ -194,14 +199,18 @@ class Delta(_Recurrence):
     def _inputs(self, lo: int = 0, hi: int | None = None):
         return [v[:, lo:hi] for v in (self.v, self.k, self.r, self.log_w, self.kappa, self.erase)]
 
-    def _run(self, at, see): return delta(*self._inputs(), self.state, self.decayed, tap=see, reads=at)
+    def each_state(self, at, see):
+        "Calls `see('states', S, t)` with the states after steps t, t + 1, ..., as `delta` does with its reads."
+        return delta(*self._inputs(), self.state, self.decayed, tap=see, reads=at)
 
     def y(self) -> Tensor:
         "The read-outs, (batch, pos, head, d_head)."
         return delta_chunk(*self._inputs(), self.state, self.decayed)[0]
 
     @property
-    def _keys(self) -> Tensor: return self.k
+    def keys(self) -> Tensor:
+        "Where it is written, (batch, pos, head, d_state)."
+        return self.k
 
     def adjoint(
         self,

@@ -144,7 +144,7 @@ def test_a_damaged_file_is_refused(film, tmp_path):
         return struct.pack('<Q', len(text)) + text + data[8 + size:]
     damaged = {'short': data[:-9], 'empty': b'', 'text': b'hello'*9, 'kind': _with(lambda n: n.update(format='x')),
                'lost': _with(lambda n: n.pop('layers')), 'heads': _with(lambda n: n.update(heads=['0'])),
-               'more': _with(lambda n: n.update(colour=1)), 'tokens': _with(lambda n: n.update(tokens=['x']*20))}
+               'tokens': _with(lambda n: n.update(tokens=['x']*20))}
     for name, content in damaged.items():
         (tmp_path/name).write_bytes(content)
         with pytest.raises(ValueError, match='which cannot be read'): StateFilm.load(tmp_path/name)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import circuitbench.folder as folder_module
 import circuitbench.latent as latent_module
-import circuitbench.sae as sae_module
 import circuitbench.train as train_module
 from circuitbench.edit import clamp, splice, zero
 from circuitbench.latent import (
@@ -26,7 +26,9 @@ from circuitbench.load import load_model
 from circuitbench.sae import SAE, Metrics, SAEConfig, hook_name
 from circuitbench.site import SiteError
 from circuitbench.stream import activations, shipped_text, token_rows
-from circuitbench.train import TopKTrainer, evaluate, geometric_median, train_sae, unit_gradient
+from circuitbench.sparse import geometric_median, unit_gradient
+from circuitbench.train import evaluate, train_sae
+from circuitbench.trainer import Trainer
 
 SITE = 'blocks.1.ssm.out_proj_in'
 WEIGHTS = 'sae_weights.safetensors'
@@ -185,7 +187,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(trained, tmp_path, m
     folder = random_sae().save(tmp_path/'sae')
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     def fail(*args, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(sae_module.json, 'dumps', fail)
+    monkeypatch.setattr(folder_module.json, 'dumps', fail)
     with pytest.raises(KeyboardInterrupt): trained.save(folder)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -210,16 +212,16 @@ def rewrite(folder, change):
     (lambda f: (f/'cfg.json').write_bytes(b'\xff\xfe\x00'), 'cannot be read'),
     (lambda f: (f/WEIGHTS).write_bytes(b'x'*40), 'cannot be read'),
     (lambda f: (f/WEIGHTS).write_bytes((f/WEIGHTS).read_bytes()[:-8]), 'cannot be read'),
-    (lambda f: rewrite(f, lambda w: {'W_enc': w['W_enc']}), 'b_enc of shape None'),
+    (lambda f: rewrite(f, lambda w: {'W_enc': w['W_enc']}), 'W_dec of shape None'),
     (lambda f: rewrite(f, lambda w: w | {'W_enc': w['W_enc'].T.contiguous()}), r'W_enc of shape \(40, 12\)'),
     (lambda f: rewrite(f, lambda w: w | {'threshold': torch.zeros(40)}), 'threshold'),
     (lambda f: rewrite(f, lambda w: {n: p*torch.nan for n, p in w.items()}), 'not finite'),
-    (lambda f: change(f, architecture='jumprelu'), "'jumprelu', expected 'topk'"),
-    (lambda f: change(f, normalize_activations='layer_norm'), 'layer_norm'),
+    (lambda f: change(f, architecture='jumprelu'), 'threshold of shape None'),
+    (lambda f: change(f, normalize_activations='by_hand'), 'by_hand'),
     (lambda f: change(f, k=None), 'whole number k'),
     (lambda f: change(f, metadata={'circuitbench': {'metrics': {'fve': 1}}}), 'Metrics|metrics'),
     (lambda f: change(f, k=50), 'k=50'),
-    (lambda f: change(f, metadata={'circuitbench': {'site': 3}}), 'cannot be read'),
+    (lambda f: change(f, metadata={'circuitbench': {'site': 3}}), 'site 3'),
     (lambda f: (f/'sparsity.safetensors').write_bytes(b'junk'), 'cannot be read')])
 def test_damaged_files_say_so(tmp_path, harm, words):
     folder = random_sae().save(tmp_path/'sae')
@@ -255,44 +257,10 @@ def test_hook_names_are_the_bridges(site, want): assert hook_name(site) == want
 
 
 # -- training ------------------------------------------------------------------------
-def autograd(t, x, dead):
-    "The gradients of a trainer's loss by autograd, everything dense."
-    with torch.enable_grad():
-        E, b_enc, D, b_dec = params = [p.double().requires_grad_() for p in t.params]
-        x = x.double()
-        pre = (x - b_dec) @ E.T + b_enc
-        keep = lambda p, k: torch.zeros_like(p).scatter(1, p.topk(k).indices, p.topk(k).values)
-        rest = x - b_dec - keep(pre, t.k).relu() @ D
-        loss = rest.square().sum(1).mean()
-        if dead.any():
-            n, wanted = int(dead.sum()), x.shape[1]//2
-            spare = keep(pre.where(dead, -torch.inf), min(n, wanted)).nan_to_num(neginf=0) @ D - rest.detach()
-            loss = loss + t.aux*min(1, n/wanted)*spare.square().sum(1).mean()
-        (loss/t.var).backward()
-    return [p.grad for p in params]
-
-
-@pytest.mark.parametrize('n_dead', [0, 3, 30])
-def test_gradients_equal_autograds(n_dead):
-    torch.manual_seed(0)
-    t = TopKTrainer(torch.randn(80, 16) + 1, 64, 4, lr=1e-3, steps=10, aux=.3, dead_after=100)
-    t.silent[:n_dead] = 1000
-    t.b_enc += .2*torch.randn(64)
-    t.E += .1*torch.randn(64, 16)
-    x = t.scale*(torch.randn(50, 16) + 1)
-    dead = t.silent > 100
-    want = autograd(t, x, dead)
-    ours, figures = t.gradients(x)
-    for name, a, b in zip('E b_enc D b_dec'.split(), ours, want):
-        b = b - (b*t.D).sum(1, keepdim=True)*t.D if name == 'D' else b
-        assert top(a - b) < 1e-5*max(1, top(b)), name
-    assert figures['dead'] == n_dead/64
-
-
 def test_decoder_rows_keep_norm_one_and_their_gradient_is_orthogonal(trained):
     assert top(trained.W_dec.norm(dim=1) - 1) < 1e-5
     rows, grad = F.normalize(torch.randn(20, 9), dim=1), torch.randn(20, 9)
-    flat = unit_gradient(grad, rows)
+    flat = unit_gradient(grad.clone(), rows)
     assert top((flat*rows).sum(1)) < 1e-6 and top(flat + (grad*rows).sum(1, keepdim=True)*rows - grad) < 1e-6
 
 
@@ -315,33 +283,12 @@ def fit(x, t, batch=256):
 
 def test_planted_directions_are_found_and_random_ones_fail():
     x, rows = planted(120_000)
-    t = TopKTrainer(x[:4096], 64, 3, lr=5e-3, steps=469, dead_after=5000)
-    start = found(t.D, rows)
+    t = Trainer(SAEConfig(32, 64, 3, SITE), x[:4096], 469, dead_after=5000)
+    start = found(t.w['D'], rows)
     figures = fit(x, t)
-    assert found(t.D, rows) > .97 and float(figures['loss']) < .05
+    assert found(t.w['D'], rows) > .97 and float(figures['loss']) < .05
     assert start < .6
     assert found(F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(9)), dim=1), rows) < .6
-
-
-def test_auxk_brings_dead_latents_back():
-    x, _ = planted(40_000)
-    def silent(aux):
-        t = TopKTrainer(x[:4096], 64, 3, lr=5e-3, steps=157, aux=aux, dead_after=2000)
-        t.b_enc[:40] = -4                                                              # no data makes these fire
-        fit(x, t)
-        return int((t.silent[:40] > 2000).sum())
-    assert silent(0) == 40 and silent(1/32) < 20
-
-
-def test_scale_is_folded_in():
-    x, _ = planted(2000)
-    t = TopKTrainer(100*x, 64, 3, lr=1e-3, steps=10)
-    fit(100*x, t)
-    sae = SAE(SAEConfig(32, 64, 3, SITE))
-    for n, w in t.weights().items(): getattr(sae, n).data = w
-    value, index = ((t.scale*100*x[:50] - t.b_dec) @ t.E.T + t.b_enc).topk(3)
-    inside = torch.zeros(50, 64).scatter(1, index, value.relu()) @ t.D + t.b_dec
-    assert top(sae(100*x[:50])*t.scale - inside) < 1e-4
 
 
 def test_geometric_median_stands_outliers():
@@ -411,12 +358,12 @@ def test_a_short_text_is_read_again_and_says_so(mamba2):
 
 
 def test_ctrl_c_keeps_what_was_learned(mamba2, monkeypatch):
-    real, steps = TopKTrainer.step, []
-    def step(self, x):
+    real, steps = Trainer.step, []
+    def step(self, x, y=None):
         if len(steps) == 5: raise KeyboardInterrupt
         steps.append(1)
-        return real(self, x)
-    monkeypatch.setattr(TopKTrainer, 'step', step)
+        return real(self, x, y)
+    monkeypatch.setattr(Trainer, 'step', step)
     sae = train_sae(mamba2, layer=1, k=4, expansion=2, tokens=1000, batch_size=50, context=32, progress=False)
     assert sae.metrics.trained == 250 and sae.metrics.note == 'stopped after 250 of 1,000 tokens'
     assert sae.metrics.fve == sae.metrics.fve
@@ -424,18 +371,20 @@ def test_ctrl_c_keeps_what_was_learned(mamba2, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(train_module, 'evaluate', never)                               # a second one, while measuring
     assert short(mamba2, tokens=300).metrics is None and 'explained' not in repr(short(mamba2, tokens=300))
-    monkeypatch.setattr(train_module, 'activations', never)
-    with pytest.raises(KeyboardInterrupt): train_sae(mamba2, layer=1, tokens=100, progress=False)
+    monkeypatch.setattr(train_module, 'heard', never)
+    with pytest.raises(KeyboardInterrupt): train_sae(mamba2, layer=1, tokens=600, progress=False)
     assert clean(mamba2)
 
 
 def test_the_pool_holds_each_token_once(mamba2):
     rows = token_rows(mamba2, torch.randint(257, (4000,), generator=torch.Generator().manual_seed(0)), 32)
-    got = torch.cat(list(train_module._batches(mamba2, SITE, rows, 64, rows.numel(), 0, torch.device('cpu'))))
+    cfg = SAEConfig(64, 128, 4, SITE)
+    batches = lambda rows, tokens: [b[SITE] for b in train_module._stream(mamba2, cfg, rows, 64, tokens, 0)]
+    got = torch.cat(batches(rows, rows.numel()))
     want = activations(mamba2, SITE, rows).flatten(0, 1)
     assert got.shape == want.shape and not torch.equal(got, want)
     assert torch.allclose(got.sort(0).values, want.sort(0).values, atol=1e-4)
-    sizes = [len(b) for b in train_module._batches(mamba2, SITE, rows[:3], 64, 300, 0, torch.device('cpu'))]
+    sizes = [len(b) for b in batches(rows[:3], 300)]
     assert sum(sizes) == 300 and max(sizes) == 64
 
 
@@ -496,7 +445,7 @@ def test_parts_do_not_matter(trained, mamba2, report, monkeypatch):
     parts = latent_report(mamba2, trained, tokens=2000, contexts=4, window=16, context=50)
     assert torch.allclose(parts.peak, report.peak, atol=1e-5) and torch.allclose(parts.mean, report.mean, atol=1e-5)
     assert torch.equal(parts.counts, report.counts) and torch.equal(parts.frequency, report.frequency)
-    assert torch.equal(parts.up[0], report.up[0])
+    assert torch.equal(parts.up.index, report.up.index)
 
 
 def test_logit_effect_is_the_derivative_where_the_norm_stands_still(model):
@@ -527,7 +476,7 @@ def test_latents_are_ordered_and_searched(report):
     assert latent_order(report, 'number') == sorted(by)
     hits = latent_order(report, search='Q')
     assert hits
-    raised = lambda j: [report.strings[i] for i in report.up[0][j].tolist()]
+    raised = lambda j: [report.strings[i] for i in report.up.index[j].tolist()]
     assert all('q' in ''.join(report.words(j) + raised(j)).lower() for j in hits)
     assert latent_order(report, search='no such token') == []
     with pytest.raises(ValueError, match='most frequent'): latent_order(report, 'loudest')
