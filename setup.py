@@ -17,7 +17,8 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["circuitbench", "circuitbench.*"]), python_requires=">=" + cfg["min_python"],
-    package_data={"circuitbench": ["*.js", "tiny/*", "tiny/*/*"]}, include_package_data=False, zip_safe=False,
+    package_data={"circuitbench": ["*.js", "tiny/*", "tiny/*/*", "saes/*/*/*"]},
+    include_package_data=False, zip_safe=False,
     install_requires=cfg["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     classifiers=[

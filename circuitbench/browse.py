@@ -156,16 +156,18 @@ def _places(found: Writers, latent: int) -> str:
     "A table of every place."
     k = found.latents.index(latent)
     best = found.values[k].abs().mean(0).argsort(descending=True)[:8].sort().values.tolist()
-    names = ['token', 'pre-activation', 'at all means', *(found.names[p] for p in best), 'others']
+    first = 'highest' if found.apart else 'pre-activation'
+    names = ['token', first, 'at all means', *(found.names[p] for p in best), 'others']
     def _row(c):
         part = found.values[k, c]
         others = float(part.sum() - part[best].sum() + found.rest[k, c])
         ends = float(found.pre[k, c]), float(found.usual[k, c])
         return [repr(found.tokens[k][c]), *ends, *part[best].tolist(), others]
-    if found.apart: names = ['token', 'highest', *(found.names[p] for p in best)]
     rows = [_row(c) for c in range(found.pre.shape[1])]
-    if found.apart: rows = [[*r[:2], *r[3:-1]] for r in rows]
-    return table(rows, names, 'At each peak')
+    drop = [2, len(names) - 1] if found.apart else []                     # nothing is summed
+    if all(abs(r[-1]) < 1e-3*abs(r[1]) for r in rows): drop.append(len(names) - 1)
+    keep = [i for i in range(len(names)) if i not in drop]
+    return table([[r[i] for i in keep] for r in rows], [names[i] for i in keep], 'At each peak')
 
 def effect_view(
     report: LatentReport,

@@ -27,7 +27,7 @@ overflow-wrap:anywhere} .dash output:empty{display:none}
 .dash .low{align-items:end} .dash .bars{display:grid;grid-template-columns:minmax(3em,auto) minmax(4rem,1fr) auto;gap:1px .6em;font-size:12px;align-items:center}
 .dash .bars>span:nth-child(3n+1){text-align:right;white-space:pre;max-width:12em;overflow:hidden;text-overflow:ellipsis}
 .dash .bars>span:nth-child(3n){color:var(--soft);text-align:right}
-.dash .track{position:relative;height:17px} .dash .track u{position:absolute;top:2px;bottom:2px;background:var(--s0);min-width:1px}
+.dash .track{position:relative;height:17px} .dash .track u{position:absolute;top:2px;bottom:2px;background:var(--s1);min-width:1px}
 .dash .track u.neg{background:var(--s0)} .dash .track s{position:absolute;top:0;bottom:0;width:1px;background:var(--soft)}
 .dash svg{display:block;width:100%;height:120px;overflow:visible;border-bottom:1px solid var(--soft)}
 .dash svg rect{fill:var(--s2)} .dash svg .hit{fill:transparent} .dash svg path{stroke:var(--s0);stroke-width:2}

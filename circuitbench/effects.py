@@ -48,12 +48,26 @@ class Effects:
         kl = self.mean[:, self.curves.index('kl')]
         return kl[:, 1:].sum(1)/kl.sum(1)
 
+    def plot(self, latents: Sequence[int] | None = None):  # None: the first eight
+        "A matplotlib figure: each curve over the steps, mean over the places."
+        from matplotlib import pyplot as plt
+        size = 3.6*len(self.curves), 2.8
+        fig, axes = plt.subplots(1, len(self.curves), figsize=size, layout='constrained', squeeze=False)
+        for k, (ax, name) in enumerate(zip(axes[0], self.curves)):
+            for j in self.latents[:8] if latents is None else latents:
+                ax.plot(self.mean[self.latents.index(j), k], label=f'latent {j}')
+            ax.set(xlabel='steps after it', title=CURVES[name])
+            ax.title.set_fontsize(8)
+        axes[0, 0].legend(fontsize=7)
+        plt.close(fig)                                                    # shown once, by whoever displays it
+        return fig
+
     def __repr__(self):
         share = zip(self.latents, self.later.tolist())
-        rows = [f'  latent {j}: {s:.0%} of the KL after its own step' for j, s in share]
+        rows = [f'  latent {j}: {s:.0%} of the KL comes after the step itself' for j, s in share]
         more = [f'  and {len(rows) - 8:,} more'] if len(rows) > 8 else []
-        n = self.values.shape[-1] - 1
-        return '\n'.join([f'Effect over {n} steps at {len(self.places)} places, {self.site}', *rows[:8], *more])
+        n, m = self.values.shape[-1] - 1, len(self.places)
+        return '\n'.join([f'Effect over {n} steps at {m} place{"s"*(m != 1)}, {self.site}', *rows[:8], *more])
 
 # %% ../nbs/37_effects.ipynb #effects-of
 _CELLS = 2**24                                                            # numbers computed at a time: 64 MiB

@@ -233,6 +233,8 @@ def measured(model, coders: list[SAE], rows: Tensor, place: int | None, seed: in
     "Metrics of coders of the same place over the same runs."
     sae, chunks = coders[0], chunked(model, coders[0], rows)
     mean, (_, sites) = _mean(model, sae, chunks), sites_of(model, sae)
+    if place is not None and not 0 <= place < len(sites):
+        raise ValueError(f'got place={place}, expected 0 to {len(sites) - 1}: the coder writes {", ".join(sites)}')
     chosen = range(len(sites)) if place is None else [place]
     ends = torch.tensor([0, *(p.width for p in sae.cfg.out)]).cumsum(0).tolist()
     column = {i: slice(*ends[i:i + 2]) for i in chosen}
@@ -314,7 +316,7 @@ class _Sums:
 
     def metrics(self, model, sites, each: dict, parts: dict, tokens: int) -> CoreMetrics:
         "The figures of all batches; ValueError where the activations do not vary."
-        if not self.var.sum() > 0:
+        if not self.var.sum() > 1e-14*self.n*self.mean.square().sum():
             raise ValueError(f'got activations at {self.sae.site} that do not vary, expected tokens that differ')
         cos, ratio, bb, ab, l1, l0 = (self.sums/self.n).tolist()
         share = self.fired/self.n

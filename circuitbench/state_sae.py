@@ -37,12 +37,12 @@ def train_state_sae(
     heads: int | Iterable[int] | str = 'shared',  # one, some with one dictionary, or 'shared': all with one
     rank1: bool = True,  # atoms v w^T and a bilinear encoder; False: any matrices
     d_sae: int | None = None,  # None: 16 times the longer side of a matrix
-    k: int = 16,  # atoms active on a matrix
+    k: int = 8,  # atoms active on a matrix
     tokens: int = 20_000,  # sampled; each gives a matrix of each head
     every: int | None = None,  # one of so many tokens is sampled; None: 8 of states, whose neighbours are alike, or 1
     text: Text = None,  # text, lines or token ids, a tenth held out; None: the text that the shipped models read
     context: int = 256,  # tokens a row
-    batch_size: int = 512,  # matrices a step
+    batch_size: int = 256,  # matrices a step
     unit: bool = True,  # scale each matrix to one norm while it is coded
     held: int = 1024,  # held-out tokens to measure on
     activation: str = 'topk',
@@ -87,8 +87,9 @@ def train_state_sae(
         state_fit(model, sae, rest, held, min(every, 8), context)
         m = core_metrics(model, sae, rest, held, context)
     except KeyboardInterrupt: return sae
-    losses, trained = (m.ce[n] for n in ('clean', 'sae', 'zero')), trainer.step_no*batch_size//len(heads)
-    sae.metrics = Metrics(m.explained_variance, m.l0, m.dead, *losses, m.tokens, trained, time.perf_counter() - start, note)
+    losses, trained = [m.ce[n] for n in ('clean', 'sae', 'zero')], trainer.step_no*batch_size//len(heads)
+    seconds = time.perf_counter() - start
+    sae.metrics = Metrics(m.explained_variance, m.l0, m.dead, *losses, m.tokens, trained, seconds, note)
     return sae
 
 def _batches(parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:

@@ -186,13 +186,12 @@ def _place(model, layer: int | None, site: str | None, heads: bool) -> Place:
 def _config(model, layer, site, k, expansion, context, activation, prefixes, beside, writes, skip, heads, rank1):
     "The configuration that is asked for."
     name = _site(model, layer, site)
-    if rank1 and heads is None: heads = 'shared'
-    if heads == 'shared': heads = range(model.heads(name))
+    there, asked = range(model.heads(name)), heads is not None or rank1
+    if heads == 'shared' or rank1 and heads is None: heads = there
     heads = () if heads is None else (heads,) if isinstance(heads, int) else tuple(heads)
-    place = partial(_place, model, layer, heads=bool(heads))
+    place = partial(_place, model, layer, heads=asked)
     first, *more = (place(site=s) for s in (name, *([beside] if isinstance(beside, str) else beside)))
-    if heads and not all(h in range(model.heads(name)) for h in heads):
-        raise ValueError(f'got heads {heads} of {name}, expected 0 to {model.heads(name) - 1}')
+    if not set(heads) <= set(there): raise ValueError(f'got heads {heads} of {name}, expected 0 to {len(there) - 1}')
     out = [place(site=s) for s in ([writes] if isinstance(writes, str) else writes or ())]
     d_in = sum(p.width for p in (first, *more))
     return SAEConfig(d_in, int(expansion*d_in), k, first.site, first.model, first.family, first.shape, context,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .coder import SAEConfig
 from circuitbench.gradient import (
-    Loss, Slope, Weights, add_auxiliary, bias_name, dense_slope, factor_gradients, first_weights, full_rows, pre_activation,
+    Loss, Slope, Weights, add_auxiliary, bias_name, dense_slope, factor_gradients, first_weights, full_rows,
+    pre_activation,
     scales, sparse_slope)
 from .sae import SAE
 from .sparse import choose, unit_gradient
@@ -46,8 +47,8 @@ class Recipe:
     "Is the encoder's product done in half precision? It pays on a GPU."
     tied: bool = False
     "Is the encoder the decoder's transpose throughout?"
-    l1: float = .1
-    "ReLU, gated: weight of the L1 term times sqrt(k) at first; it is then steered so that k latents act on average."
+    l1: float = 1.
+    "ReLU, gated: first weight of the L1 term, times sqrt(k); it is steered so that k latents act on average."
     l0: float = 1.
     "JumpReLU: weight of (L0/k - 1)^2."
     width: float = .5
@@ -178,12 +179,12 @@ class Trainer:
         for a, b in zip(x.split(size), t.split(size)):
             part, share = self.gradients(a, b), len(a)/len(x)
             if size >= len(x): return part
-            if out is None: out = {n: g.mul_(share) for n, g in part.grads.items()}, dict.fromkeys(part.figures, 0.), 0
-            else:
-                for n, g in part.grads.items(): out[0][n].add_(g, alpha=share)
-            figures = {n: f + share*part.figures[n] for n, f in out[1].items()}
-            out = out[0], figures, out[2] | part.fired
-        return Slope(*out, None, part.rest)
+            if out is None: out = Slope({n: torch.zeros_like(g) for n, g in part.grads.items()},
+                                        dict.fromkeys(part.figures, 0.), torch.zeros_like(part.fired), None, part.rest)
+            for n, g in part.grads.items(): out.grads[n].add_(g, alpha=share)
+            for n, f in part.figures.items(): out.figures[n] += share*f
+            out = out._replace(fired=out.fired | part.fired, rest=part.rest)
+        return out
 
     def _of_all(self, slope: Slope, count: int) -> tuple[Weights, dict, Tensor, int]:
         "Gradients, figures, latents that fired and rows of all processes."
@@ -215,7 +216,8 @@ class Trainer:
         if not len(dead): return 0
         live = self.silent <= self.limit
         if not live.any(): live[:] = True
-        pick = torch.multinomial(rest.square().sum(1).double().cpu() + 1e-30, len(dead), generator=self.make).to(x.device)
+        weight = rest.square().sum(1).double().cpu() + 1e-30
+        pick = torch.multinomial(weight, len(dead), generator=self.make).to(x.device)
         new = {'D': F.normalize(rest[pick], dim=1)}
         if self.cfg.rank1:
             u, _, v = torch.linalg.svd(new.pop('D').unflatten(1, self.cfg.shape), full_matrices=False)

@@ -102,11 +102,27 @@ class Writers:
         mean = self.values[self.latents.index(latent)].mean(0)
         return [(self.names[k], float(mean[k])) for k in mean.abs().argsort(descending=True)[:n].tolist()]
 
+    def plot(self, latent: int | None = None):  # None: the first
+        "A matplotlib figure: what each part adds to a latent at each place, and the mean."
+        from matplotlib import pyplot as plt
+        j = self.latents[0] if latent is None else latent
+        value, at = self.values[self.latents.index(j)], range(len(self.names))
+        fig, ax = plt.subplots(figsize=(1.5 + .35*len(at), 2.8), layout='constrained')
+        ax.bar(at, value.mean(0), color='0.8')
+        for row in value: ax.plot(at, row, '.', color='C0', markersize=3)
+        ax.set(ylabel='activation' if self.apart else 'added to the pre-activation', title=f'Latent {j} of {self.site}')
+        ax.set_xticks(at, self.names, rotation=60, ha='right', fontsize=7)
+        plt.close(fig)                                                    # shown once, by whoever displays it
+        return fig
+
     def __repr__(self):
         rows = [f'  latent {j}: ' + ', '.join(f'{name} {v:+.3g}' for name, v in self.top(j, 4)) for j in self.latents]
         what = 'by heads read apart' if self.apart else 'beyond what they add on average'
         more = [f'  and {len(rows) - 8:,} more'] if len(rows) > 8 else []
         return '\n'.join([f'What writes latents of {self.site}, {what}', *rows[:8], *more])
+
+# %% ../nbs/37_writers.ipynb #latent-writers
+_CELLS = 2**24                                                            # numbers computed at a time: 64 MiB
 
 def _reading(model, sae, site: str, latents: Tensor) -> tuple[list[Part], list[Tensor], Tensor | float, Tensor]:
     "Parts, what the latents read of each, (n, width) each, what they read of a matrix's bias, and their own bias (n,)."
@@ -125,9 +141,6 @@ def _reading(model, sae, site: str, latents: Tensor) -> tuple[list[Part], list[T
     fixed = 0. if linear.bias is None else scale*(w @ linear.bias.float())
     w = scale*(w @ linear.weight.float())
     return parts, [w[:, p.cut] for p in parts], fixed, const
-
-# %% ../nbs/37_writers.ipynb #latent-writers
-_CELLS = 2**24                                                            # numbers computed at a time: 64 MiB
 
 @torch.no_grad()
 def latent_writers(

@@ -358,6 +358,15 @@ def test_effects_that_cannot_be(mamba2, sae, report):
     assert latent_effects(mamba2, sae, short_text, 0, places=1).values.shape[-1] == 19
 
 
+def test_figures(mamba2, sae, report):
+    effect, found = latent_effects(mamba2, sae, report, [3, 4], steps=5), latent_writers(mamba2, sae, report, [3, 4])
+    axes = effect.plot([4]).axes
+    assert len(axes) == 3 and np.allclose(axes[1].lines[0].get_ydata(), effect.mean[1, 1])
+    bars = found.plot(4).axes[0].patches
+    assert np.allclose([b.get_height() for b in bars], found.values[1].mean(0), atol=1e-6)
+    assert 'latent 3' in repr(effect) and 'head' in repr(found) and found.top(3, 1)[0][0] in repr(found)
+
+
 # -- the file ------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def full(mamba2, sae, report):

@@ -226,6 +226,7 @@ def test_what_does_not_belong_together_is_refused(mamba2):
             (lambda: core_metrics(mamba2, random_sae(model='another'), ids), 'for mock://mamba2-tiny'),
             (lambda: sites_of(mamba2, random_sae(128, shape=(64,), beside=(place,))), 'in another'),
             (lambda: sites_of(mamba2, random_sae(128, shape=(64,), beside=(Place('blocks.0.mixer_in', (64,)),))), r'\(32,\)'),
+            (lambda: core_metrics(mamba2, random_sae(), ids, place=1), '0 to 0'),
             (lambda: core_metrics(mamba2, random_sae(), ''), 'at least 2'),
             (lambda: compare(mamba2, {}), 'no coder')):
         with pytest.raises(ValueError, match=words) as err: call()

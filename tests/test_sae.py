@@ -25,8 +25,8 @@ from circuitbench.latent import (
 from circuitbench.load import load_model
 from circuitbench.sae import SAE, Metrics, SAEConfig, hook_name
 from circuitbench.site import SiteError
-from circuitbench.stream import activations, shipped_text, token_rows
 from circuitbench.sparse import geometric_median, unit_gradient
+from circuitbench.stream import activations, shipped_text, token_rows
 from circuitbench.train import evaluate, train_sae
 from circuitbench.trainer import Trainer
 

@@ -367,6 +367,24 @@ def test_no_thread_stays():
     assert threading.active_count() == n and len(list(shuffled(numbered(400, 10), 8, 300))) == 50 and threading.active_count() == n
 
 
+def test_the_next_rows_are_made_while_a_batch_is_in_use():
+    made, later = [], threading.Event()
+    def part(i):
+        def load():
+            made.append((i, threading.current_thread() is threading.main_thread()))
+            if i >= 10: later.set()
+            return {'row': torch.arange(10*i, 10*i + 10)}
+        return Part(10, load)
+    parts = [part(i) for i in range(100)]
+    with shuffled(parts, 10, 300) as run:
+        next(run)                                                               # of the first block, parts 0 to 9
+        assert later.wait(60)                                                   # nobody asks for more
+    assert not any(main for _, main in made) and max(made)[0] < 20
+    made.clear()
+    next(shuffled(parts, 10, 300, prefetch=False))
+    assert all(main for _, main in made) and max(made)[0] == 9
+
+
 def test_an_error_in_the_thread_is_raised_where_the_batches_are_used():
     def part(i):
         def load():
