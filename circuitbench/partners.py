@@ -152,11 +152,11 @@ class Partners:
 
     def __repr__(self):
         n, sites = [self.count(i) for i in (0, 1)], [s.site for s in self.sides]
-        wide = max(map(len, sites))
+        wide = max(12, *map(len, sites))
         line = lambda name, cells: f'{name:46}' + ''.join(f'{c:>{wide + 2}}' for c in cells)
         live = [sum(c.values()) - c['rare'] for c in n]
         share = lambda k, i: f'{n[i][k]:,}' + (f' ({n[i][k]/live[i]:.1%})' if live[i] and k != 'rare' else '')
-        lines = [f'{self.model} on {self.tokens:,} tokens', line('latents found', sites)]
+        lines = [f'{self.model} on {self.tokens:,} tokens'.strip(), line('latents found', sites)]
         lines += [line(f'  {said}', [share(k, i) for i in (0, 1)]) for k, said in SAID.items()]
         lines += [line('  control: found by both', [f'{s.chance:.1%}' for s in self.sides])]
         say = f'thresholds: cosine {self.cosine:.2f}, {self.measure} {self.together:.2f}; {self.level:.0%} of the '

@@ -244,7 +244,7 @@ class SAE(nn.Module):
 
     def inspect(self, model: HookedModel, text: Text = None, tokens: int = 20_000) -> SAEInspector:
         "A browser of the latents: where they fire and what they speak for."
-        return SAEInspector(self.report(model, text, tokens))
+        return SAEInspector(self.report(model, text, tokens), model=model, sae=self)
 
     def __repr__(self):
         quality = '' if self.metrics is None else f', {self.metrics.fve:.1%} of the variance explained'

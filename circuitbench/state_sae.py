@@ -266,22 +266,25 @@ def replace_writes(
             for r, row in enumerate(rows.to(model.device).long()):
                 count = n//len(rows) + (r < n % len(rows))
                 at = sorted(draw(len(row) - steps + 1, count))
+                places = list(zip(at, (heads[i] for i in draw(len(heads), count))))
                 if not at: continue
                 seen, ids, state, past = sorted({*at}), row[None], None, 0
                 have = heard(model, {site, name}, ids, seen, dtype=torch.float32)
-                for t, h in zip(at, (heads[i] for i in draw(len(heads), count))):
+                have = {s: torch.stack([v[0, seen.index(t), h].flatten() for t, h in places]).to(sae.b_dec)
+                        for s, v in have.items()}
+                new, about = _replacements(sae, flat, have[site], have[name], coefficient, make)
+                for i, (t, h) in enumerate(places):
                     if t > past:
                         state, past = model.run(ids[:, past:t], state=state, keep_state=True, last=True).state, t
-                    write, read = (have[s][0, seen.index(t), h].flatten().to(sae.b_dec) for s in (site, name))
-                    new, about = _replacements(sae, flat, write, read, coefficient, make)
-                    stack = torch.stack([write, *new.values()]).unflatten(1, shape)
+                    stack = torch.stack([have[site][i], *(v[i] for v in new.values())]).unflatten(1, shape)
                     kl = _continued(model, ids[:, t:t + steps], state, site, t, h, stack)
-                    cases.append((kl, torch.tensor([r, t, h, about[0]]), torch.stack(about[1:])))
+                    cases.append((kl, torch.tensor([r, t, h]), about[i]))
                     bar.update()
         except KeyboardInterrupt:
             if not cases: raise
-    kl, where, size = (torch.stack(v).cpu() for v in zip(*cases))
-    return WriteTest(model.name, name, sae.layer, sae.d_sae, sae.k, coefficient, tuple(new), kl, *where.T, *size.T)
+    kl, where, about = (torch.stack(v).cpu() for v in zip(*cases))
+    return WriteTest(model.name, name, sae.layer, sae.d_sae, sae.k, coefficient, tuple(new), kl, *where.T,
+                     about[:, 0].long(), *about[:, 1:].T.float())
 
 def tested_site(model, sae: SAE, flat: SAE | None, heads, coefficient: str) -> tuple[str, tuple, tuple]:
     "Site, shape and heads that are tested; ValueError where that makes no sense."
@@ -297,24 +300,32 @@ def tested_site(model, sae: SAE, flat: SAE | None, heads, coefficient: str) -> t
     if {*heads} - {*own}: raise ValueError(f'got heads={heads}, expected some that the coder reads, {own}')
     return name, shape, heads
 
-def _replacements(sae, flat, write, read, coefficient, make) -> tuple[dict[str, Tensor], tuple]:
-    "What is put in place of a write (d_in,); and the atom: number, length, length of the write, cosine of the two."
-    (value,), (j,) = strongest(sae, read[None])
-    atom, unit = atoms_of(sae, j[None])[0], lambda n: F.normalize(torch.randn(n, generator=make), dim=0).to(write)
-    length = lambda a, v: v if coefficient == 'activation' else write @ a
-    value, (v, w) = length(atom, value), map(unit, sae.cfg.shape)
-    other = torch.randint(max(1, sae.d_sae - 1), (1,), generator=make).to(j)
-    other += other >= j
-    new = {'deletion': torch.zeros_like(write), 'atom': value*atom, 'random': value*torch.outer(v, w).flatten(),
-           'other atom': value*atoms_of(sae, other % sae.d_sae)[0]}
+def _replacements(
+    sae: SAE,
+    flat: SAE | None,
+    write: Tensor,  # (n, d_in)
+    read: Tensor,  # (n, d_in), what the coder reads
+    coefficient: str,
+    make: torch.Generator,
+) -> tuple[dict[str, Tensor], Tensor]:
+    "What is put in place of writes, (n, d_in) each; number and length of the atoms, length of the writes, cosine."
+    (z, j), p = strongest(sae, read), sae.cfg.shape
+    atom, rows = atoms_of(sae, j), lambda v, w: torch.einsum('np,nq->npq', v, w).flatten(1)
+    length = lambda a, v: (v if coefficient == 'activation' else (write*a).sum(1))[:, None]
+    size = length(atom, z)
+    v, w = (F.normalize(torch.randn(len(write), d, generator=make), dim=1).to(write) for d in p)
+    other = (j + torch.randint(1, max(2, sae.d_sae), (len(j),), generator=make).to(j)) % sae.d_sae
+    new = {'deletion': torch.zeros_like(write), 'atom': size*atom, 'random': size*rows(v, w),
+           'other atom': size*atoms_of(sae, other)}
     if flat is not None:
-        z, i = strongest(flat, read[None])
-        u, s, w = torch.linalg.svd(flat.W_dec[i[0]].unflatten(0, sae.cfg.shape), full_matrices=False)
-        row = torch.outer(u[:, 0], w[0]).flatten()
-        new['flat, SVD'] = length(row, z[0]*s[0])*row
-    if sae.site.endswith('ssm.write'): new['reconstruction'] = sae(read).flatten()
-    size = write.norm()
-    return new, (int(j), value, size, write @ atom/size.clamp(min=1e-30))
+        z, i = strongest(flat, read)
+        u, s, vh = torch.linalg.svd(atoms_of(flat, i).unflatten(1, p), full_matrices=False)
+        row = rows(u[:, :, 0], vh[:, 0])
+        new['flat, SVD'] = length(row, z*s[:, 0])*row
+    if sae.site.endswith('ssm.write'): new['reconstruction'] = sae(read).flatten(1)
+    norm = write.norm(dim=1)
+    cosine = (write*atom).sum(1)/norm.clamp(min=1e-30)
+    return new, torch.stack([j.double(), size[:, 0].double(), norm.double(), cosine.double()], 1)
 
 def _continued(model, ids, state, site: str, t: int, head: int, writes: Tensor) -> Tensor:
     "KL (writes - 1, steps) of the predictions after the first of some writes (n, d_head, d_state) from the others'."

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coder import SAEConfig
-from circuitbench.gradient import (
+from .gradient import (
     Loss, Slope, Weights, add_auxiliary, bias_name, dense_slope, factor_gradients, first_weights, full_rows,
-    pre_activation,
-    scales, sparse_slope)
+    pre_activation, scales, sparse_slope)
 from .sae import SAE
 from .sparse import choose, unit_gradient
 
