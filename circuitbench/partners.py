@@ -6,6 +6,7 @@
 __all__ = ['MEASURES', 'FOUND', 'SAID', 'CONTROLS', 'firings', 'coactivation', 'Side', 'Partners', 'compare_dictionaries']
 
 # %% ../nbs/45_partners.ipynb #imports
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,12 @@ def firings(
     "Activations as a sparse matrix (latents, tokens)."
     order = (latent*shape[1] + token).argsort()
     ends = F.pad(torch.bincount(latent, minlength=shape[0]).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(ends, token[order], value[order], shape, check_invariants=False)
+    return _csr(ends, token[order], value[order], shape)
+
+def _csr(ends: Tensor, index: Tensor, values: Tensor, shape) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                   # says that it is in beta
+        return torch.sparse_csr_tensor(ends, index, values, shape, check_invariants=False)
 
 def coactivation(
     a: Tensor,  # (n_a, tokens), sparse, as `firings` makes it
@@ -37,7 +43,7 @@ def coactivation(
 ) -> Tensor:
     "How some latents of one coder fire with all of another, (some, n_b); 0 where one of them never fires."
     if measure not in MEASURES: raise ValueError(f'got measure={measure!r}, expected one of {MEASURES}')
-    if measure != 'correlation': a, b = (_valued(m, torch.ones_like(m.values())) for m in (a, b))
+    if measure != 'correlation': a, b = (_csr(m.crow_indices(), m.col_indices(), torch.ones_like(m.values()), m.shape) for m in (a, b))
     rows, n = _rows(a, some), a.shape[1]
     products = (b @ rows.T).T
     first = lambda m: _summed(m, m.values())
@@ -45,9 +51,6 @@ def coactivation(
     if measure == 'jaccard': return products/(p + q - products).clamp(min=1)
     spread = (rows.square().sum(1)[:, None]/n - (p/n)**2)*(_summed(b, b.values().square())/n - (q/n)**2)
     return (products/n - p*q/n**2)/spread.clamp(min=1e-20).sqrt()*(p*q > 0)
-
-def _valued(m: Tensor, values: Tensor) -> Tensor:
-    return torch.sparse_csr_tensor(m.crow_indices(), m.col_indices(), values, m.shape, check_invariants=False)
 
 def _rows(m: Tensor, some: slice) -> Tensor:
     "Some rows of a sparse matrix, dense."

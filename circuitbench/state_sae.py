@@ -80,8 +80,7 @@ def train_state_sae(
                     bar.set_postfix_str(f"FVU {f['fvu']:.3f}, dead {f['dead']:.1%}", refresh=False)
         except KeyboardInterrupt:
             if not trainer.step_no: raise
-            done = f'stopped after {trainer.step_no*batch_size:,} of {count:,} matrices'
-            note = '; '.join(filter(None, [done, note]))
+            note = f'stopped after {trainer.step_no*batch_size:,} of {count:,} matrices' + f'; {note}'*bool(note)
     sae = trainer.sae()
     try:
         state_fit(model, sae, rest, held, min(every, 8), context)
