@@ -35,6 +35,8 @@ def _csr(ends: Tensor, index: Tensor, values: Tensor, shape) -> Tensor:
         warnings.simplefilter('ignore')                                   # says that it is in beta
         return torch.sparse_csr_tensor(ends, index, values, shape, check_invariants=False)
 
+def _ones(m: Tensor) -> Tensor: return _csr(m.crow_indices(), m.col_indices(), torch.ones_like(m.values()), m.shape)
+
 def coactivation(
     a: Tensor,  # (n_a, tokens), sparse, as `firings` makes it
     b: Tensor,  # (n_b, tokens)
@@ -43,7 +45,7 @@ def coactivation(
 ) -> Tensor:
     "How some latents of one coder fire with all of another, (some, n_b); 0 where one of them never fires."
     if measure not in MEASURES: raise ValueError(f'got measure={measure!r}, expected one of {MEASURES}')
-    if measure != 'correlation': a, b = (_csr(m.crow_indices(), m.col_indices(), torch.ones_like(m.values()), m.shape) for m in (a, b))
+    if measure != 'correlation': a, b = _ones(a), _ones(b)
     rows, n = _rows(a, some), a.shape[1]
     products = (b @ rows.T).T
     first = lambda m: _summed(m, m.values())
