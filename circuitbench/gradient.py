@@ -169,7 +169,6 @@ def full_rows(
     if cfg.rank1: out |= {rows: outer(f'{c}_v', f'{c}_w') for rows, c in (('D', 'dec'), ('E', 'enc')) if f'{c}_v' in w}
     return {'E': out['D'], **out}
 
-
 def factor_gradients(
     g: Weights,  # changed
     w: Weights,  # with the factors
@@ -202,10 +201,11 @@ def first_weights(
     if cfg.writes: w['E'] = unit(cfg.d_in)
     elif not tied: w |= {{'D': 'E'}.get(name, name.replace('dec', 'enc')): p.clone() for name, p in w.items()}
     w |= {b: x.new_zeros(n) for b in (('b_gate', 'b_mag', 'r_mag') if bias == 'b_gate' else ('b_enc',))}
-    w['b_dec'] = geometric_median(t)
     if cfg.skip: w['W_skip'] = x.new_zeros(cfg.d_out, cfg.d_in)
     some = slice(None, None, -(-len(x)//4096))
-    x, rest = x[some], t[some] - w['b_dec']
+    x, t = x[some], t[some]
+    w['b_dec'] = geometric_median(t)
+    rest = t - w['b_dec']
     if cfg.writes: w[bias] -= w['E'] @ x.mean(0)
     rows = full_rows(cfg, w)
     pre = pre_activation(cfg, rows, x)

@@ -25,6 +25,7 @@ from .coder import SAME_TOKENS, Place, SAEConfig
 from .hook import HookedModel
 from .measure import evaluate, rows_of, site_rows
 from .sae import SAE
+from .shards import weights_hash
 from .shuffle import Batches, Part, drawn
 from .site import short
 from .stream import Text, heard, shipped_text, token_rows
@@ -80,8 +81,11 @@ class _Run:
         except KeyboardInterrupt:
             if not self.step: raise
             self.stopped = True
-        finally: bar.close()
-        self.write()
+        finally:
+            bar.close()
+            if self.position is not None: getattr(self.batches, 'close', lambda: None)()
+        try: self.write()
+        except KeyboardInterrupt: self.stopped = True                                     # the one before stays
 
 def _position(batches): return batches.state_dict() if hasattr(batches, 'load_state_dict') else None
 def _mean(figures: list[dict]) -> dict: return {n: sum(f[n] for f in figures)/len(figures) for n in figures[0]}
@@ -115,9 +119,10 @@ def train_saes(
 ) -> list[SAE]:
     """Trains several coders on one pass of batches.
 
-    Ctrl-C ends the training: the coders trained so far are returned. Batches with `state_dict` and `load_state_dict`
-    are gone on with from a checkpoint at once, others are passed over up to it. Raises ValueError for batches that lack
-    a site, are not finite or do not vary, and for a checkpoint of another training.
+    Ctrl-C ends the training: the coders trained so far are measured and returned; a second one ends that, too. Batches
+    with `state_dict` and `load_state_dict` are gone on with from a checkpoint at once, others are passed over up to it.
+    Raises ValueError for batches that lack a site, are not finite or do not vary, and for a checkpoint of another
+    training.
     """
     device, begin = torch.device(device or (model.device if model else 'cpu')), time.perf_counter()
     if steps is None and not hasattr(batches, '__len__'):
@@ -130,9 +135,11 @@ def train_saes(
     run.go(None, f'{len(configs)} coders', progress, callback)
     saes = [t.sae(x) for t, (x, _) in zip(trainers, first)]
     note = f'stopped after {run.step:,} of {steps:,} steps' if run.stopped else ''
-    for sae in saes if held is not None and model else ():
-        sae.metrics = replace(evaluate(model, sae, held), trained=run.tokens, note=note,
-                              seconds=time.perf_counter() - begin)
+    try:
+        for sae in saes if held is not None and model else ():
+            sae.metrics = replace(evaluate(model, sae, held), trained=run.tokens, note=note,
+                                  seconds=time.perf_counter() - begin)
+    except KeyboardInterrupt: pass
     return saes
 
 def _start(batches) -> tuple[dict[str, Tensor], Iterable]:
@@ -147,7 +154,7 @@ def _start(batches) -> tuple[dict[str, Tensor], Iterable]:
     return start, batches if rest is not batches or position is not None else chain(taken, rest)
 
 # %% ../nbs/42_train.ipynb #batches
-def _stream(model, cfg: SAEConfig, rows: Tensor, batch: int, tokens: int, seed: int) -> Batches:
+def _stream(model, cfg: SAEConfig, rows: Tensor, batch: int, tokens: int, seed: int, source: str = '') -> Batches:
     "Shuffled batches until `tokens` are spent; rows are read again, in another order, if too few."
     names = list(dict.fromkeys(p.site for p in (*cfg.reads, *cfg.writes)))
     width = sum(prod(model.site_shape(n, 1, 1)) for n in names)
@@ -160,7 +167,6 @@ def _stream(model, cfg: SAEConfig, rows: Tensor, batch: int, tokens: int, seed: 
                 if n := min(ids.numel(), left): yield Part(n, partial(load, ids.to(model.device), n))
                 left -= n
             turn += 1
-    source = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
     return Batches(parts, batch, max(2**24//width, 6*batch), seed, prefetch=False, source=source)
 
 def _site(model, layer: int | None, site: str | None) -> str:
@@ -273,7 +279,9 @@ def train_sae(
     x, y = (None if v is None else v.to(device) for v in first)
     trainer = Trainer(cfg, x, -(-tokens//batch_size), y, accelerator, lr=lr, aux=aux, resample=resample, seed=seed,
                       **recipe)
-    run = _Run([trainer], [cfg], _stream(model, cfg, rows, batch_size, tokens, seed), checkpoint, every, accelerator)
+    source = f'{weights_hash(model)} {hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}' if checkpoint else ''
+    batches = _stream(model, cfg, rows, batch_size, tokens, seed, source)
+    run = _Run([trainer], [cfg], batches, checkpoint, every, accelerator)
     run.go(tokens, f'SAE of {cfg.site}', progress, callback)
     if run.stopped: note = '; '.join(filter(None, [f'stopped after {run.tokens:,} of {tokens:,} tokens', note]))
     sae = trainer.sae(x)

@@ -79,7 +79,7 @@ class Trainer:
         x: Tensor,  # (n, d_in), rows to start from
         steps: int,  # in all
         y: Tensor | None = None,  # (n, d_out), what a transcoder has to write
-        accelerator=None,  # accelerate's: processes then average their gradients, each on its own rows
+        accelerator=None,  # accelerate's: processes average their gradients; k and L0 are those of each one's rows
         **recipe,  # of Recipe: lr, aux, dead_after, resample, seed, ...
     ):
         "Raises ValueError for rows that are not finite, do not vary, or do not fit."
@@ -88,6 +88,7 @@ class Trainer:
             raise ValueError(f'got {"no y" if y is None else "y"} for a coder that {"" if cfg.writes else "does not "}'
                              'write another place, expected y for a transcoder alone')
         if cfg.writes and self.recipe.tied: raise ValueError('got tied=True for a transcoder, expected one place')
+        if cfg.normalize != 'none': raise ValueError(f"got normalize={cfg.normalize!r}, expected 'none' for training")
         x = _rows(x, cfg, cfg.d_in)
         t = _rows(y, cfg, cfg.d_out) if cfg.writes else x
         self.s_in, self.s_out = (scales(v, [p.width for p in ps]) for v, ps in ((x, cfg.reads), (t, cfg.out)))
@@ -215,8 +216,8 @@ class Trainer:
         if not len(dead): return 0
         live = self.silent <= self.limit
         if not live.any(): live[:] = True
-        weight = rest.square().sum(1).double().cpu() + 1e-30
-        pick = torch.multinomial(weight, len(dead), generator=self.make).to(x.device)
+        error = rest.square().sum(1).double().cpu() + 1e-30
+        pick = torch.multinomial(error, len(dead), generator=self.make).to(x.device)
         new = {'D': F.normalize(rest[pick], dim=1)}
         if self.cfg.rank1:
             u, _, v = torch.linalg.svd(new.pop('D').unflatten(1, self.cfg.shape), full_matrices=False)
@@ -322,7 +323,7 @@ class Trainer:
 
     def settings(self) -> dict:
         "Everything that must be the same for training to go on."
-        return {'cfg': asdict(self.cfg), 'recipe': asdict(self.recipe)}
+        return {'cfg': asdict(self.cfg), 'recipe': asdict(self.recipe) | {'steps': self.steps}}
 
 def _rows(x: Tensor, cfg: SAEConfig, width: int) -> Tensor:
     "Rows (n, width) of float32; x may have the axes of its place."

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import circuitbench.train as train_module
 from circuitbench.checkpoint import read_state, said, tensorboard, wandb_run, write_state
 from circuitbench.coder import ACTIVATIONS, Place, SAEConfig
 from circuitbench.edit import patch
@@ -90,7 +91,7 @@ def test_the_derivative_of_a_jump_is_the_rectangles():
     ((z*up).sum() + 7*l0).backward()
     P, T, U = p.detach().numpy(), theta.detach().numpy(), up.numpy()
     kernel = (np.abs((P - T)/eps) < .5).astype(float)
-    assert np.allclose(z.detach(), P*(P > T)) and float(l0) == pytest.approx((P > T).sum(1).mean())
+    assert np.allclose(z.detach(), P*(P > T)) and float(l0.detach()) == pytest.approx((P > T).sum(1).mean())
     assert np.allclose(p.grad, U*(P > T))
     assert np.allclose(theta.grad, -(T/eps*kernel*U).sum(0) - 7*(kernel/eps).sum(0)/200)
 
@@ -385,6 +386,7 @@ def test_rows_that_cannot_be_trained_on_say_so():
             (lambda: Trainer(trans, x, 5, x[:, :12], tied=True), 'tied'),
             (lambda: Trainer(cfg, x, 5, lr=0), 'lr=0'), (lambda: Trainer(cfg, x, 5, warmup=2), 'warmup=2'),
             (lambda: Trainer(cfg, x, 5, accumulate=0), 'accumulate=0'), (lambda: Trainer(cfg, x, 5, aux=-1), 'aux=-1'),
+            (lambda: Trainer(SAEConfig(16, 64, 4, SITE, normalize='layer_norm'), x, 5), 'layer_norm'),
             (lambda: SAEConfig(16, 8, 9, SITE), 'd_sae, which is 8')):
         with pytest.raises(ValueError, match=words) as err: call()
         assert len(str(err.value).splitlines()) == 1
@@ -484,13 +486,25 @@ def test_checkpoints_of_other_trainings_are_refused_and_kept(model, tmp_path):
     short(model, checkpoint=path, callback=stop_at(3))
     before = path.read_bytes()
     for kw, words in ((dict(k=4), 'k=8, not 4'), (dict(lr=1e-3), 'lr=0.005, not 0.001'), (dict(layer=0), 'blocks.1'),
-                      (dict(text='And it came to pass. '*500), 'source'), (dict(batch_size=64), 'batch_size')):
+                      (dict(text='And it came to pass. '*500), 'source'), (dict(batch_size=64), 'steps=24, not 47'),
+                      (dict(tokens=6000), 'steps'), (dict(lr=.005, batch_size=127), 'batch_size=128')):
         with pytest.raises(ValueError, match=words) as err: short(model, checkpoint=path, **kw)
         assert len(str(err.value).splitlines()) == 1 and path.read_bytes() == before
+    other = load_model(model.name, hook_point='out_proj_in')
+    with torch.no_grad(): other.blocks[1].mixer.in_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match='source'): short(other, checkpoint=path)
     for junk in (b'junk', before[:-9], json.dumps({'format': 1}).encode()):
         path.write_bytes(junk)
         with pytest.raises(ValueError, match='cannot be read'): short(model, checkpoint=path)
         assert path.read_bytes() == junk
+
+
+def test_ctrl_c_while_writing_keeps_the_coder_and_the_file(model, tmp_path, monkeypatch):
+    def write(*args): raise KeyboardInterrupt
+    short(model, checkpoint=tmp_path/'run', callback=stop_at(5))
+    monkeypatch.setattr(train_module, 'write_state', write)
+    assert equal(short(model, checkpoint=tmp_path/'run'), short(model))
+    assert read_state(tmp_path/'run')['step'] == 5
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -532,7 +546,7 @@ def test_coders_of_a_store_are_measured(model):
     seen = []
     saes = train_saes(model, configs, source.batches(200), steps=40, held='And the earth was without form. '*50, progress=False,
                       callback=lambda step, figures: seen.append(figures))
-    assert [s.metrics.trained for s in saes] == [8000]*2 and saes[0].metrics.fve > .5 and saes[1].metrics.fve > .5
+    assert [s.metrics.trained for s in saes] == [8000]*2 and min(s.metrics.fve for s in saes) > .4
     assert len(seen) == 40 and {n.split('/')[0] for n in seen[-1]} == {f'0 {SITE} k8', '1 blocks.0.ssm.y k4'}
 
 
