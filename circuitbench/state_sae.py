@@ -9,7 +9,7 @@ __all__ = ['REFERENCE', 'train_state_sae', 'wilson', 'WriteTest', 'replace_write
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def train_state_sae(
     if count < batch_size:
         raise ValueError(f'got {count:,} matrices to train on, expected a batch of {batch_size} at least: more tokens')
     cfg = SAEConfig(math.prod(shape), d_sae or 16*max(shape), k, name, model.name, model.adapter.family, shape, context,
-                    activation, heads=heads, rank1=rank1, normalize='constant_norm_rescale' if unit else 'none')
+                    activation, heads=heads, rank1=rank1)
     rows, rest, note = _split(model, text, context, tokens*every, held)
     recipe = dict(dead_after=max(count//10, 10*batch_size), seed=seed) | recipe
     scaled = (lambda x: x*(x.shape[1]**.5/x.norm(dim=1, keepdim=True))) if unit else lambda x: x
@@ -82,6 +82,7 @@ def train_state_sae(
             if not trainer.step_no: raise
             note = f'stopped after {trainer.step_no*batch_size:,} of {count:,} matrices' + f'; {note}'*bool(note)
     sae = trainer.sae()
+    if unit: sae.cfg = replace(sae.cfg, normalize='constant_norm_rescale')
     try:
         state_fit(model, sae, rest, held, min(every, 8), context)
         m = core_metrics(model, sae, rest, held, context)
