@@ -36,6 +36,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconH1Config,
     JambaConfig,
+    LlamaConfig,
     Mamba2Config,
     MambaConfig,
     PreTrainedTokenizerFast,
@@ -48,6 +49,7 @@ from circuitbench.shipped import bits_per_byte, score
 from circuitbench.task import DATA, facts, indirect_object, induction, tables, text, training_line
 
 LENGTH, BATCH, KINDS = 128, 16, ('text', 'other_text', 'facts', 'indirect_object', 'induction')
+HALF = torch.cpu._is_avx512_bf16_supported()             # products in bfloat16, where the processor has them
 OTHER = 'asv', 'dar', 'web'     # American Standard Version (1901), Darby (1890), World English Bible
 
 
@@ -92,7 +94,9 @@ STAGES = {
               Stage(1200, 1200, 1.6e-3, TEXT, OTHER, .05, .5, 2*LENGTH)),
     'rwkv7': (Stage(2500, 9000, 3e-3, ((.17, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
               Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5),
-              Stage(2000, 2000, 1.6e-3, TEXT, OTHER, .05, .5))}
+              Stage(2000, 2000, 1.6e-3, TEXT, OTHER, .05, .5)),
+    'transformer': (Stage(1500, 5000, 3e-3, ((1, INDUCE),), OTHER[:1]),
+                    Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5, 2*LENGTH))}
 # the model that ships is the mean of these: better than each of them
 AVERAGED = {'mamba2': (10250, 12000, 13450), 'rwkv7': (7000, 9000), 'hybrid': (10100, 12100),
             'jamba': (9500, 10700)}
@@ -145,7 +149,8 @@ def configure(name, vocab):
             attn_layer_offset=1, num_experts=1, mamba_d_state=16, mamba_dt_rank=10),
         'rwkv7': lambda: Rwkv7Config(
             **shared, hidden_size=160, num_hidden_layers=4, head_dim=32, intermediate_size=400, decay_low_rank_dim=16,
-            a_low_rank_dim=16, v_low_rank_dim=8, gate_low_rank_dim=24)}[name]()
+            a_low_rank_dim=16, v_low_rank_dim=8, gate_low_rank_dim=24),
+        'transformer': lambda: LlamaConfig(**shared, **attention, num_hidden_layers=4, intermediate_size=400)}[name]()
     model = AutoModelForCausalLM.from_config(config)
     if name in ('hybrid', 'jamba'): start_as_mamba(model)
     return model
@@ -280,7 +285,7 @@ def dropping(model, share):
     def drop(module, args, out):
         if isinstance(out, tuple): return F.dropout(out[0], share, module.training), *out[1:]
         return F.dropout(out, share, module.training)
-    adds = re.compile(r'\.(mixer|mamba|self_attn|feed_forward|attn|ffn)$')
+    adds = re.compile(r'\.(mixer|mamba|self_attn|feed_forward|attn|ffn|mlp)$')
     branches = [m for n, m in model.named_modules() if adds.search(n)]
     return [m.register_forward_hook(drop) for m in (model.get_input_embeddings(), *branches)] if share else []
 
@@ -327,7 +332,7 @@ def train_stage(model, tok, stage, first, saved, out, start, compiled):
     if compiled: loss_of = torch.compile(loss_of)
     while step < (end := first + stage.steps):
         for g in opt.param_groups: g['lr'] = stage.lr*schedule(step - first, stage.horizon)
-        with torch.autocast('cpu', torch.bfloat16): loss = loss_of(data.batch(step - first, step))
+        with torch.autocast('cpu', torch.bfloat16, enabled=HALF): loss = loss_of(data.batch(step - first, step))
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)

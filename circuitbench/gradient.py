@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coder import SAEConfig
+from .peers import Peers, lowest, total
 from .sparse import choose, dots, geometric_median, jump, rows_of, written
 
 Weights = dict[str, Tensor]
@@ -65,15 +66,19 @@ def sparse_slope(
     x: Tensor,  # (tokens, d_in)
     t: Tensor,  # (tokens, d_out)
     loss: Loss,
+    peers: Peers | None = None,  # processes that hold the other latents
 ) -> Slope:
     "The gradient by hand, from the rows of the latents that act."
     n, (d_sae, _), E, D = len(x), w['D'].shape, w['E'], w['D']
     pre = pre_activation(cfg, w, x, loss.bfloat16)
-    token, latent, value = pairs = choose(pre, cfg.k, cfg.activation == 'batchtopk', loss.floor)
+    pairs, batch = choose(pre, cfg.k, cfg.activation == 'batchtopk', loss.floor), cfg.activation == 'batchtopk'
+    token, latent, value = pairs = peers.chosen(pairs, n, cfg.k, batch) if peers else pairs
     groups = max(1, len(cfg.prefixes))
     bag = token
-    if groups > 1: bag = token*groups + torch.searchsorted(torch.tensor(cfg.prefixes).to(latent), latent, right=True)
-    y = written(pairs, D, n*groups, bag).view(n, groups, -1)
+    if groups > 1:
+        number = latent + (peers.first if peers else 0)
+        bag = token*groups + torch.searchsorted(torch.tensor(cfg.prefixes).to(latent), number, right=True)
+    y = total(peers, written(pairs, D, n*groups, bag)).view(n, groups, -1)
     target = t - w['b_dec'] - x @ w['W_skip'].T if cfg.skip else t - w['b_dec']
     rest = target[:, None] - (y.cumsum(1) if groups > 1 else y)
     g = rest*(-2/(n*groups*loss.var))                                              # of what each prefix writes
@@ -86,10 +91,10 @@ def sparse_slope(
     if cfg.skip: grads['W_skip'] = whole.T @ x
     if not cfg.writes:                                                             # it reads x - b_dec
         grads['E'].addr_(grads['b_enc'], w['b_dec'], alpha=-1)
-        grads['b_dec'] = grads['b_dec'] - grads['b_enc'] @ E
+        grads['b_dec'] = grads['b_dec'] - total(peers, grads['b_enc'] @ E)
     fired = torch.zeros(d_sae, dtype=torch.bool, device=x.device).index_fill_(0, latent, True)
-    figures = {'loss': rest.square().sum(2).mean()/loss.var, 'l0': len(value)/n,
-               'least': value.min() if len(value) else 0.}
+    figures = {'loss': rest.square().sum(2).mean()/loss.var, 'l0': total(peers, x.new_tensor(len(value)/n)),
+               'least': lowest(peers, value)}
     return Slope(grads, figures, fired, pre, rest[:, -1])
 
 # %% ../nbs/40_gradient.ipynb #dense
@@ -137,21 +142,23 @@ def add_auxiliary(
     dead: Tensor,  # numbers of the dead latents
     weight: float,
     var: float,
+    peers: Peers | None = None,  # processes that hold the other latents
 ):
     """Adds AuxK's gradients with respect to E, D and the bias; what is left over is taken as given.
 
     At most d_in/2 dead latents act on a token, and fewer weigh less. Few are dead, so these products are dense.
     """
-    wanted = x.shape[1]//2
+    wanted, many = x.shape[1]//2, int(total(peers, torch.tensor(len(dead), device=x.device)))
     value, index = slope.pre[:, dead].topk(min(wanted, len(dead)), sorted=False)
-    z = slope.pre.new_zeros(len(x), len(dead)).scatter(1, index, value)
-    g = (z @ w['D'][dead] - slope.rest)*(2*weight*min(1., len(dead)/wanted)/(len(x)*var))
-    back = (g @ w['D'][dead].T).where(torch.zeros_like(z).scatter(1, index, 1.) > 0, 0.)
+    on = torch.ones_like(value) if peers is None else (value >= peers.least(value, wanted)[:, None]).to(value)
+    z, acts = (slope.pre.new_zeros(len(x), len(dead)).scatter(1, index, v) for v in (value*on, on))
+    g = (total(peers, z @ w['D'][dead]) - slope.rest)*(2*weight*min(1., many/wanted)/(len(x)*var))
+    back = (g @ w['D'][dead].T).where(acts > 0, 0.)
     read = back.T @ x if cfg.writes else back.T @ x - back.sum(0)[:, None]*w['b_dec']
     slope.grads['E'].index_add_(0, dead, read)
     slope.grads['D'].index_add_(0, dead, z.T @ g)
     slope.grads[bias_name(cfg)].index_add_(0, dead, back.sum(0))
-    if not cfg.writes: slope.grads['b_dec'].sub_(back.sum(0) @ w['E'][dead])
+    if not cfg.writes: slope.grads['b_dec'].sub_(total(peers, back.sum(0) @ w['E'][dead]))
 
 # %% ../nbs/40_gradient.ipynb #start
 def scales(x: Tensor, widths: list[int]) -> Tensor:

@@ -250,7 +250,7 @@ def shuffled(
     buffer: int = 65_536,  # rows in memory at most, but for what a part has too many
     seed: int = 0,
     epochs: int | None = 1,  # None: without end
-    prefetch: bool = True,  # make the next rows in a thread; False where that runs a model which runs elsewhere too
+    prefetch: bool = True,  # make the next rows in a thread
     device: str | torch.device | None = None,  # of the batches; None: that of the parts
 ) -> Batches:
     "Batches of the rows of any parts; those of an iterator that can be read once serve one epoch."

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .edit import At, Meta, check_at, positions
 from .hook import HookedModel
-from .shards import TOKENS, ActivationStore, cached, chosen_keys, digest, fitting_buffer, weights_hash
+from .shards import TOKENS, ActivationStore, cached, chosen_keys, digest, fitting_buffer
 from .shuffle import Batches, Part, shuffled
+from .stored import weights_hash
 from .stream import Documents, TokenRows, document_rows, heard
 
 # %% ../nbs/41_store.ipynb #stream
@@ -106,7 +107,7 @@ class ActivationStream:
         epochs: int | None = 1,  # None: without end; the text is read once an epoch
         buffer: int | None = None,  # rows in memory at most, at least three batches; None: as many as take 256 MiB
         keys: str | Iterable[str] | None = None,  # None: all sites
-        prefetch: bool = False,  # run the models in a thread; nothing else may run them or others meanwhile
+        prefetch: bool = True,  # run the models in a thread, ahead of what is asked for
         device: str | torch.device | None = None,  # of the batches; None: the model's
     ) -> Batches:
         "Batches key -> (batch_size, ...); the same seed gives the same."

@@ -25,9 +25,9 @@ from .coder import SAME_TOKENS, Place, SAEConfig
 from .hook import HookedModel
 from .measure import evaluate, rows_of, site_rows
 from .sae import SAE
-from .shards import weights_hash
 from .shuffle import Batches, Part, drawn
 from .site import short
+from .stored import weights_hash
 from .stream import Text, heard, shipped_text, token_rows
 from .trainer import Trainer
 
@@ -115,7 +115,7 @@ def train_saes(
     checkpoint: str | Path | None = None,  # a file to write and to go on from
     every: int = 1000,  # steps between two checkpoints
     accelerator=None,  # accelerate's: each process gives its own batches, gradients are averaged
-    **recipe,  # of trainer.Recipe: lr, aux, dead_after, resample, warmup, tied, ...
+    **recipe,  # of recipe.Recipe: lr, aux, dead_after, resample, warmup, tied, ...
 ) -> list[SAE]:
     """Trains several coders on one pass of batches.
 
@@ -256,7 +256,8 @@ def train_sae(
     every: int = 1000,  # steps between two checkpoints
     callback: Callback | None = None,  # called with the number of each step and its figures
     accelerator=None,  # accelerate's: each process reads its share of the text and of each batch
-    **recipe,  # of trainer.Recipe: dead_after, warmup, decay, cosine, clip, accumulate, bfloat16, tied, ...
+    shard: bool = False,  # in place of that each process reads all and holds a part of the latents
+    **recipe,  # of recipe.Recipe: dead_after, warmup, decay, cosine, clip, accumulate, bfloat16, tied, ...
 ) -> SAE:
     """Trains an SAE on a site; `.metrics` tells how good it is on held-out text.
 
@@ -271,14 +272,14 @@ def train_sae(
     cfg = _config(model, layer, site, k, expansion, context, activation, prefixes, beside, writes, skip, heads, rank1)
     rows, held, note = _split(model, text, context, tokens)
     cfg = replace(cfg, context=rows.shape[1])
-    if accelerator is not None:
+    if accelerator is not None and not shard:
         share = accelerator.num_processes
         rows, tokens, batch_size = rows[accelerator.process_index::share], tokens//share, batch_size//share
     some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:4096//rows.shape[1] + 1]
     first = rows_of(cfg, site_rows(model, cfg, rows[some]))
     x, y = (None if v is None else v.to(device) for v in first)
-    trainer = Trainer(cfg, x, -(-tokens//batch_size), y, accelerator, lr=lr, aux=aux, resample=resample, seed=seed,
-                      **recipe)
+    trainer = Trainer(cfg, x, -(-tokens//batch_size), y, accelerator, shard, lr=lr, aux=aux, resample=resample,
+                      seed=seed, **recipe)
     source = f'{weights_hash(model)} {hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}' if checkpoint else ''
     batches = _stream(model, cfg, rows, batch_size, tokens, seed, source)
     run = _Run([trainer], [cfg], batches, checkpoint, every, accelerator)

@@ -10,6 +10,7 @@ import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
+from threading import RLock
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +23,7 @@ from .site import MODEL_SITES, short
 
 # %% ../nbs/29_wiring.ipynb #listening
 _NO_LIMIT = (0., math.inf)                                 # of dt
+_ONE = RLock()                                            # a listener hears one run: those of other threads wait
 _CACHES = ('cache', 'past_key_values', 'cache_params')     # transformers >= 5.24 has the first name, before the others
 
 def _swaps(model, backend: str) -> bool:
@@ -39,7 +41,10 @@ def listening(
     last: bool = False,  # logits of the last position alone
     rows: int = 1,  # of the batch, if all are one prompt
 ):
-    "Puts in what a listener needs, and takes it out on every exit; ValueError for an unknown backend."
+    """Puts in what a listener needs, and takes it out on every exit; runs of other threads wait until then.
+
+    Raises ValueError for an unknown backend.
+    """
     if backend not in ('circuitbench', 'transformers'):
         raise ValueError(f"got backend={backend!r}, expected 'circuitbench' or 'transformers'")
     wanted = dict.fromkeys((*ear.reads, *ear.edits))
@@ -50,7 +55,7 @@ def listening(
     inside = {int(n.split('.')[1]) for n in in_scan} | ear.noted
     now = SimpleNamespace(tap=None, state=None, length=0, block=None, limit=_NO_LIMIT)
     embed = model.hf.get_submodule(model.ends['embed'].module)
-    with ExitStack() as stack:
+    with _ONE, ExitStack() as stack:
         hook = lambda handle: stack.callback(handle.remove)
         hook(embed.register_forward_pre_hook(lambda m, args: ear.forward(args[0].shape[1])))
         if grad: hook(embed.register_forward_hook(lambda m, args, out: out.detach().requires_grad_()))

@@ -1,6 +1,7 @@
 """Every family: sites against a float64 model written apart, edits that propagate, generation, padding, gradients,
 and hooks that go away.
 """
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -282,3 +283,14 @@ def test_what_does_not_fit_is_refused_before_it_runs(mamba):
 
 def test_families_are_what_the_design_names():
     assert {'mamba1', 'mamba2'} <= set(families())
+
+
+def test_runs_of_several_threads_do_not_hear_each_other():
+    models = [load_model(f'mock://{name}-tiny') for name in ('mamba2', 'falcon-h1', 'mamba2')]
+    ids, site = [torch.arange(40 + i)[None] for i in range(12)], 'blocks.1.ssm.state'
+    def run(i):
+        edit = (zero(site, at=i),) if i % 2 else ()
+        return models[i % 3].run_with_cache(ids[i], site, edit=edit)[1][site]
+    alone = [run(i) for i in range(12)]
+    with ThreadPoolExecutor(4) as threads: beside = list(threads.map(run, range(12)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside))

@@ -21,10 +21,11 @@ from torch import nn
 from circuitbench import shards
 from circuitbench.edit import meta
 from circuitbench.load import load_model
-from circuitbench.shards import Shard, weights_hash
+from circuitbench.shards import Shard
 from circuitbench.shuffle import Part, drawn, filled, grouped, taken
 from circuitbench.site import SiteError
 from circuitbench.store import ActivationStore, cached, collect, shuffled, stream
+from circuitbench.stored import weights_hash
 from circuitbench.stream import activations, document_rows, documents, heard, passages, shipped_text, token_rows
 
 Y, OUT, STATE = 'blocks.0.ssm.y', 'blocks.1.ssm.out_proj_in', 'blocks.1.ssm.state'
@@ -120,7 +121,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_parquet(tmp_path):
-    pa = pytest.importorskip('pyarrow')
+    import pyarrow as pa
     from pyarrow.parquet import write_table
     write_table(pa.table({'body': [f'text {i}' for i in range(700)], 'ids': [[i, 1] for i in range(700)]}), tmp_path/'t.parquet', row_group_size=100)
     assert list(documents(tmp_path/'t.parquet', column='body')) == [f'text {i}' for i in range(700)]
@@ -131,7 +132,7 @@ def test_parquet(tmp_path):
 
 
 def test_datasets():
-    datasets = pytest.importorskip('datasets')
+    import datasets
     table = datasets.Dataset.from_dict({'text': ['one', 'two', 'three'], 'n': [1, 2, 3]})
     for source in (table, table.to_iterable_dataset(), table['text']): assert list(documents(source)) == ['one', 'two', 'three']
     with pytest.raises(TypeError, match='of a dataset of several splits, one'): list(documents(datasets.DatasetDict(train=table)))

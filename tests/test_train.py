@@ -14,11 +14,12 @@ from circuitbench.coder import ACTIVATIONS, Place, SAEConfig
 from circuitbench.edit import patch
 from circuitbench.load import load_model
 from circuitbench.measure import evaluate, rows_of
+from circuitbench.recipe import Recipe
 from circuitbench.sparse import choose, dots, jump, written
 from circuitbench.sparse import rows_of as sums_of
 from circuitbench.stream import activations, token_rows
 from circuitbench.train import train_sae, train_saes
-from circuitbench.trainer import Recipe, Trainer
+from circuitbench.trainer import Trainer
 
 SITE = 'blocks.1.ssm.out_proj_in'
 HERE = Place('blocks.0.resid_post', (12,))
@@ -698,3 +699,63 @@ def test_two_processes_are_as_one_with_the_joint_batch(kind, tmp_path):
     assert all(one[n] == pytest.approx(early[1][n], rel=1e-4) for n in one)
     saes = [SAE.load(tmp_path/f'sae{r}') for r in (0, 1)]
     assert equal(*saes) and saes[0].metrics.fve > 0 and {p.name for p in tmp_path.iterdir()} >= {'run.0', 'run.1'}
+
+
+def part_of_latents(rank, world, port, kind, out):
+    "One process of a training whose latents are spread: it holds half of them, and is given whole batches."
+    import os
+    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+    acc = Accelerator(cpu=True)
+    x = planted(6000)[0]
+    t = Trainer(SAEConfig(32, 64, 3, SITE, **kind), x[:1000], 40, accelerator=acc, shard=True, dead_after=600)
+    assert all(len(p) == 32 for n, p in t.w.items() if n != 'b_dec') and len(t.w) > 2
+    figures = [t.step(x[i:i + 200]) for i in range(0, 4000, 200)]
+    t.sae(x[:1000]).save(f'{out}/whole{rank}')
+    torch.save((t.state_dict(), figures, t.threshold(x[:1000])), f'{out}/{rank}')
+    back = Trainer(SAEConfig(32, 64, 3, SITE, **kind), x[:1000], 40, accelerator=acc, shard=True, dead_after=600, resample=1500)
+    back.load_state_dict(t.state_dict())
+    more = [back.step(x[i:i + 200]) for i in range(4000, 6000, 200)]
+    assert all(f['loss'] < figures[0]['loss'] for f in more)
+    model = load_model('mock://mamba2-tiny', hook_point='out_proj_in')
+    train_sae(model, layer=1, k=4, expansion=2, tokens=1000, batch_size=100, context=50, progress=False, accelerator=acc,
+              shard=True, checkpoint=f'{out}/run').save(f'{out}/sae{rank}')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [dict(), dict(activation='batchtopk'), dict(prefixes=(16, 48, 64)), dict(shape=(8, 4), rank1=True)])
+def test_latents_spread_over_two_processes_are_as_in_one(kind, tmp_path):
+    import socket
+
+    import torch.multiprocessing as mp
+
+    from circuitbench.sae import SAE
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    mp.spawn(part_of_latents, (2, port, kind, str(tmp_path)), nprocs=2)
+    parts, figures, threshold = zip(*(torch.load(tmp_path/str(r), weights_only=True) for r in (0, 1)))
+    x = planted(6000)[0]
+    t = Trainer(SAEConfig(32, 64, 3, SITE, **kind), x[:1000], 40, dead_after=600)
+    want = [t.step(x[i:i + 200]) for i in range(0, 4000, 200)]
+    assert figures[0] == figures[1] and any(f['dead'] > 0 for f in want)
+    for got, one in zip(figures[0], want):
+        for n in one: assert got[n] == pytest.approx(one[n], rel=2e-3, abs=1e-5), n
+    for n, p in t.w.items():
+        whole = parts[0][f'w.{n}'] if n == 'b_dec' else torch.cat([s[f'w.{n}'] for s in parts])
+        assert top(whole - p) < 5e-3*top(p), n
+    saes = [SAE.load(tmp_path/f'whole{r}') for r in (0, 1)]
+    assert equal(*saes) and threshold[0] == threshold[1] == pytest.approx(t.threshold(x[:1000]), rel=1e-2)
+    assert top(saes[0](x[:50]) - t.sae(x[:1000])(x[:50])) < .05
+    saes = [SAE.load(tmp_path/f'sae{r}') for r in (0, 1)]
+    assert equal(*saes) and saes[0].metrics.fve > 0
+
+
+def test_latents_that_cannot_be_spread_are_refused():
+    x = planted(1000)[0]
+    for given, kind in ((None, {}), (types.SimpleNamespace(num_processes=2, process_index=0), dict(activation='jumprelu'))):
+        with pytest.raises(ValueError, match='got shard=True'): Trainer(SAEConfig(32, 64, 3, SITE, **kind), x, 40, accelerator=given, shard=True)
+    with pytest.raises(ValueError, match='got 65 latents for 2 processes, expected a multiple, as 66'):
+        Trainer(SAEConfig(32, 65, 3, SITE), x, 40, accelerator=types.SimpleNamespace(num_processes=2, process_index=0), shard=True)
