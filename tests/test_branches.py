@@ -11,8 +11,10 @@ from circuitbench.edit import patch
 from circuitbench.latent import latent_report
 from circuitbench.load import load_model
 from circuitbench.partners import FOUND, Partners, coactivation, compare_dictionaries, firings
+from circuitbench.planted import planted, recovery
 from circuitbench.sae import SAE
 from circuitbench.stream import heard, shipped_text, token_rows
+from circuitbench.trainer import Trainer
 
 QUICK = dict(k=4, expansion=4, tokens=8000, batch_size=200, context=64, progress=False)
 
@@ -118,6 +120,27 @@ def test_direction_and_tokens_are_told_apart():
     assert kind[:20].count('same direction') >= 18 and kind[50:].count('one') >= 27    # 1% pass a threshold by chance
     assert r.share(0) == r.share(1) == 10/80
     assert r.examples(0, 'both', 99) and {*r.examples(0, 'both', 99)} == {*range(20, 30)}
+
+
+def test_trained_coders_find_the_planted_overlap():
+    "Two branches with 40 features each, 16 of them common: coders are trained on what the branches add."
+    common, own = 16, 24
+    data = planted(d=48, n=common + 2*own, k=4, rows=40_000, seed=1)
+    z, R = data.codes(), data.directions
+    keep = [torch.arange(common + own), torch.cat([torch.arange(common), torch.arange(common + own, common + 2*own)])]
+    x = [z[:, i] @ R[i] for i in keep]
+    saes = []
+    for i, v in enumerate(x):
+        t = Trainer(SAEConfig(48, 64, 2, 'embed', activation='batchtopk'), v[:4096], 300, seed=i)
+        for batch in (v.split(512)*5)[:300]: t.step(batch)
+        saes.append(t.sae())
+    r = compare_dictionaries([s.W_dec for s in saes], [sparse(s.encode(v[:10_000]).T) for s, v in zip(saes, x)], 100)
+    for side, (sae, which) in enumerate(zip(saes, keep)):
+        found = recovery(sae.W_dec, R[which])
+        good = [(p, int(i) < common) for p, c, i in zip(found.pairs, found.cosine, which) if c > .9]
+        both = r.found(side) == 0
+        assert len(good) >= 36 and sum(bool(both[p]) == truth for p, truth in good) >= len(good) - 1
+        assert abs(r.count(side)['both'] - common) <= 2 and r.sides[side].chance < .02
 
 
 def test_the_report_comes_back_and_shows_itself(tmp_path):
@@ -233,8 +256,8 @@ def test_wrong_coders_are_refused(hybrid, coders):
 @pytest.mark.slow
 def test_branches_of_the_shipped_hybrid_share_less_with_each_other_than_with_themselves():
     model = load_model('tiny://hybrid')
-    settings = dict(tokens=60_000, progress=False, held='')
-    first, again = (train_branches(model, 2, text=list(shipped_text())[:9000], seed=s, **settings | {'held': None}) for s in (0, 1))
+    text = list(shipped_text())[:9000]
+    first, again = (train_branches(model, 2, text=text, tokens=60_000, seed=s, progress=False) for s in (0, 1))
     ssm, attn = first.values()
     across = compare_branches(model, ssm, attn).share(0)
     within = compare_branches(model, ssm, again[ssm.site]).share(0)
