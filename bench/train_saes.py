@@ -2,9 +2,9 @@
 
     python bench/train_saes.py [MODEL ...] [--tokens 400000] [--only resid_post,ssm.out_proj_in,state] [--out FOLDER]
 
-For each shipped model: the residual stream and the gated SSM output of a middle block (BatchTopK, saved as the JumpReLU
-coder that it is on new text) and, where the state is a matrix, the writes of all heads of that block with atoms of rank
-one. bfloat16 is what ships and what is measured, on verses that no shipped model has seen.
+For each shipped model: the residual stream and, where it has one, the gated SSM output of a middle block (BatchTopK,
+saved as the JumpReLU coder that it is on new text); where the state is a matrix, the writes of all heads of that block
+with atoms of rank one. bfloat16 is what ships and what is measured, on verses that no shipped model has seen.
 """
 import argparse
 import os
@@ -19,7 +19,7 @@ from circuitbench.stream import shipped_text
 from circuitbench.train import train_sae
 
 os.environ['HF_HUB_OFFLINE'] = '1'
-BLOCKS = {'mamba2': 3, 'mamba1': 3, 'rwkv7': 2, 'hybrid': 1, 'jamba': 2}
+BLOCKS = {'mamba2': 3, 'mamba1': 3, 'rwkv7': 2, 'hybrid': 1, 'jamba': 2, 'transformer': 2}
 VECTORS = {'resid_post': dict(k=16, expansion=4), 'ssm.out_proj_in': dict(k=32, expansion=2)}
 MATRICES = 'mamba2', 'rwkv7', 'hybrid'
 
@@ -58,6 +58,7 @@ def saved(sae, model, out, tokens, recipe, more=''):
     sae = sae.to(torch.bfloat16)
     site, name = sae.cfg.site, model.name.removeprefix('tiny://')
     metrics = core_metrics(model, sae, shipped_text('held'), tokens=16_384)
+    sae.metrics = metrics.short(sae.metrics.trained, sae.metrics.seconds)
     size = sum(p.numel()*2 for p in sae.parameters())/1e6
     kind = f'{sae.cfg.activation}{", atoms of rank one, one dictionary for all heads" if sae.cfg.rank1 else ""}'
     card = CARD.format(id=site, site=site, model=name, kind=kind, d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, size=size,
@@ -70,7 +71,7 @@ def main(names, only, tokens, out):
     for name in names:
         model, block = load_model(f'tiny://{name}'), BLOCKS[name]
         for site, sizes in VECTORS.items():
-            if site not in only: continue
+            if site not in only or f'blocks.{block}.{site}' not in model.site_names(): continue
             sae = train_sae(model, layer=block, site=site, tokens=tokens, activation='batchtopk', **sizes)
             saved(sae, model, out, tokens, 'batches of 512, Adam from 5e-3, AuxK 1/4, one seed')
         if name in MATRICES and 'state' in only:

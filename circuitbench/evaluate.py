@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .coder import Metrics
 from .edit import Edits, patch, splice, zero
 from .file import beside
 from .hook import HookedModel
@@ -197,6 +198,11 @@ class CoreMetrics(Result):
             ('kl_div_with_sae', self.kl['sae'])]
 
     def detail(self): return self.parts or {'all': self.explained_variance}
+
+    def short(self, trained: int, seconds: float, note: str = '') -> Metrics:
+        "What a coder keeps of it in its file, with tokens and time of its training."
+        losses = [self.ce[n] for n in ('clean', 'sae', 'zero')]
+        return Metrics(self.explained_variance, self.l0, self.dead, *losses, self.tokens, trained, seconds, note)
 
 # %% ../nbs/43_evaluate.ipynb #measure
 @torch.no_grad()

@@ -92,6 +92,7 @@ def write_folder(
         (new/CFG).write_text(json.dumps(cfg, indent=1) + '\n', encoding='utf-8')
         if card is None and (path/CARD).exists(): card = (path/CARD).read_text(encoding='utf-8')
         if card is not None: (new/CARD).write_text(card, encoding='utf-8')
+        for f in new.iterdir(): f.chmod((new/CFG).stat().st_mode)                  # safetensors makes private files
         if path.exists(): path.rename(old)
         new.rename(path)
     except (OSError, SafetensorError) as err:

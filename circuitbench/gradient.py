@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Weights', 'Loss', 'Slope', 'bias_name', 'pre_activation', 'sparse_slope', 'dense_slope', 'add_auxiliary', 'scales',
-           'full_rows', 'factor_gradients', 'first_weights']
+           'full_rows', 'factor_gradients', 'sparse_axes', 'first_weights']
 
 # %% ../nbs/40_gradient.ipynb #imports
 from typing import NamedTuple
@@ -187,6 +187,26 @@ def factor_gradients(
         full = g.pop(rows).unflatten(1, shape)
         g[v], g[u] = (full @ w[u][..., None])[..., 0], (w[v][:, None] @ full)[:, 0]
 
+# %% ../nbs/40_gradient.ipynb #axes
+def sparse_axes(
+    x: Tensor,  # (n, d), about its middle
+    k: int,
+    most: int,  # axes
+) -> tuple[Tensor, float]:
+    """The axes, each with its sign, that are most often among the k largest numbers of a row, (axes, d).
+
+    With it: what these numbers explain beyond Gaussian noise, as a share of what noise leaves.
+    """
+    d, p = x.shape[1], min(1., k/x.shape[1])
+    pairs = choose(torch.cat([x, -x], 1), min(k, d), batch=True)
+    use = torch.bincount(pairs.latent, minlength=2*d)
+    order = use.argsort(descending=True, stable=True)[:min(most, int((use > 0).sum()))]
+    rows = x.new_zeros(len(order), d).scatter(1, (order % d)[:, None], torch.where(order < d, 1., -1.).to(x)[:, None])
+    normal = torch.distributions.Normal(0., 1.)
+    z = normal.icdf(torch.tensor(1 - p/2))
+    noise = 1. if p == 1 else float(p + 2*z*normal.log_prob(z).exp())
+    return rows, float(pairs.value.square().sum()/x.square().sum().clamp(min=1e-30) - noise)/max(1e-6, 1 - noise)
+
 # %% ../nbs/40_gradient.ipynb #first
 @torch.no_grad()
 def first_weights(
@@ -195,24 +215,29 @@ def first_weights(
     t: Tensor,  # (n, d_out), scaled
     make: torch.Generator,
     tied: bool = False,
+    axes: bool | None = None,  # as in `Recipe`
 ) -> tuple[Weights, float]:
     """Weights to start from, and the activation above which k latents act on a row.
 
-    The encoder is the decoder's transpose, as long as suits the data best. A transcoder's is random; each of its
+    Decoder rows are random; where the axes of a site are sparse by themselves, half of them are axes. The encoder is
+    the decoder's transpose, as long as suits the data best. A transcoder's is random; each of its
     decoder rows is what is written on the rows of data on which its latent acts. ReLU, gated and JumpReLU coders begin
     with k active latents.
     """
     n, bias = cfg.d_sae, bias_name(cfg)
     unit = lambda d: F.normalize(torch.randn(n, d, generator=make), dim=1).to(x)
     w = dict(zip(('dec_v', 'dec_w'), map(unit, cfg.shape))) if cfg.rank1 else {'D': unit(cfg.d_out)}
+    some = slice(None, None, -(-len(x)//4096))
+    x, t = x[some], t[some]
+    middle = geometric_median(t)
+    if axes is not False and not (cfg.rank1 or cfg.writes):
+        rows, excess = sparse_axes(t - middle, cfg.k, n//2)
+        if axes or excess > .6: w['D'][:len(rows)] = rows
     if cfg.writes: w['E'] = unit(cfg.d_in)
     elif not tied: w |= {{'D': 'E'}.get(name, name.replace('dec', 'enc')): p.clone() for name, p in w.items()}
     w |= {b: x.new_zeros(n) for b in (('b_gate', 'b_mag', 'r_mag') if bias == 'b_gate' else ('b_enc',))}
     if cfg.skip: w['W_skip'] = x.new_zeros(cfg.d_out, cfg.d_in)
-    some = slice(None, None, -(-len(x)//4096))
-    x, t = x[some], t[some]
-    w['b_dec'] = geometric_median(t)
-    rest = t - w['b_dec']
+    w['b_dec'], rest = middle, t - middle
     if cfg.writes: w[bias] -= w['E'] @ x.mean(0)
     rows = full_rows(cfg, w)
     pre = pre_activation(cfg, rows, x)

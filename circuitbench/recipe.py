@@ -33,6 +33,8 @@ class Recipe:
     "Parts of a batch whose gradients are formed one after the other, to save memory."
     bfloat16: bool = False
     "Is the encoder's product done in half precision? It pays on a GPU."
+    axes: bool | None = None
+    "Do up to half of the latents start along the site's own axes? None: where these are sparser than noise by far."
     tied: bool = False
     "Is the encoder the decoder's transpose throughout?"
     l1: float = 1.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .coder import SAME_TOKENS, Metrics, SAEConfig
+from .coder import SAME_TOKENS, SAEConfig
 from .edit import Edit
 from .evaluate import core_metrics, lined
 from .file import read_record, write_record
@@ -87,9 +87,7 @@ def train_state_sae(
         state_fit(model, sae, rest, held, min(every, 8), context)
         m = core_metrics(model, sae, rest, held, context)
     except KeyboardInterrupt: return sae
-    losses, trained = [m.ce[n] for n in ('clean', 'sae', 'zero')], trainer.step_no*batch_size//len(heads)
-    seconds = time.perf_counter() - start
-    sae.metrics = Metrics(m.explained_variance, m.l0, m.dead, *losses, m.tokens, trained, seconds, note)
+    sae.metrics = m.short(trainer.step_no*batch_size//len(heads), time.perf_counter() - start, note)
     return sae
 
 def _batches(parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:

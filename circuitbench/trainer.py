@@ -57,7 +57,7 @@ class Trainer:
             raise ValueError(f'got {len(t):,} rows of {cfg.site} that are not finite or all the same, expected '
                              'activations that differ from token to token; look at the site and at the text')
         self.make = torch.Generator().manual_seed(self.recipe.seed)
-        self.w, self.level = first_weights(cfg, x, t, self.make, self.recipe.tied)
+        self.w, self.level = first_weights(cfg, x, t, self.make, self.recipe.tied, self.recipe.axes)
         if shard:
             self.w = {n: p[self.peers.part].clone() if n not in _WHOLE else p for n, p in self.w.items()}
             self.make.manual_seed(self.recipe.seed + self.peers.first)

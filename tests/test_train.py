@@ -12,6 +12,7 @@ import circuitbench.train as train_module
 from circuitbench.checkpoint import read_state, said, tensorboard, wandb_run, write_state
 from circuitbench.coder import ACTIVATIONS, Place, SAEConfig
 from circuitbench.edit import patch
+from circuitbench.gradient import sparse_axes
 from circuitbench.load import load_model
 from circuitbench.measure import evaluate, rows_of
 from circuitbench.recipe import Recipe
@@ -654,6 +655,39 @@ def test_callbacks_import_their_packages_when_they_are_made(monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **options: noted.append(options) or run))
     wandb_run(project='p')(4, {'l0': 8.})
     assert noted[-2:] == [{'project': 'p'}, ({'l0': 8.}, 4)]
+
+
+# -- where latents start -------------------------------------------------------------
+def test_what_axes_explain_is_compared_with_noise():
+    "k of d numbers of a Gaussian row explain p + 2 z phi(z): scipy's truncated second moment."
+    from scipy.stats import norm
+    g = torch.Generator().manual_seed(0)
+    for d, k in ((40, 3), (64, 16), (24, 20)):
+        x = torch.randn(4000, d, generator=g)
+        z = norm.ppf(1 - k/d/2)
+        noise = 2*norm.expect(lambda v: v*v, lb=z)
+        top_k = np.sort(np.abs(x.numpy()).ravel())[::-1][:k*len(x)]
+        got = np.square(top_k).sum()/np.square(x.numpy()).sum()
+        rows, excess = sparse_axes(x, k, 30)
+        assert got == pytest.approx(noise, abs=.01) and excess == pytest.approx((got - noise)/max(1e-6, 1 - noise), abs=1e-2)
+        assert len(rows) == 30 and ((rows != 0).sum(1) == 1).all() and len({(int(r.abs().argmax()), float(r.sum())) for r in rows}) == 30
+
+
+def test_latents_start_along_axes_where_these_are_sparse_alone():
+    g = torch.Generator().manual_seed(0)
+    sparse = torch.randn(3000, 32, generator=g)*(torch.rand(3000, 32, generator=g) < .1)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=g)).Q
+    def first(x, **recipe): return Trainer(SAEConfig(32, 96, 4, SITE), x, 100, **recipe).w['D']
+    along = lambda D: int((D.abs() > .999).any(1).sum())
+    assert along(first(sparse)) == 48 and along(first(sparse, axes=False)) == 0
+    for x in (sparse @ turn, torch.randn(3000, 32, generator=g)):
+        assert torch.equal(first(x), first(x, axes=False)) and along(first(x, axes=True)) == 48
+    fvu = []
+    for axes in (None, False):
+        t = Trainer(SAEConfig(32, 96, 4, SITE), sparse, 60, axes=axes)
+        for i in range(60): figures = t.step(sparse[i*50:i*50 + 50])
+        fvu.append(figures['fvu'])
+    assert fvu[0] < .5*fvu[1]
 
 
 # -- several processes ---------------------------------------------------------------
