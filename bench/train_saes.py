@@ -35,7 +35,7 @@ sae = SAE.load('tiny://{model}/{id}')
 
 ## Figures
 
-On {held} held-out tokens, by `python bench/train_saes.py {model}`, measured on the weights as they ship:
+On {held} held-out tokens, by `python bench/train_saes.py {model} --tokens {asked}`, on the weights as they ship:
 
 ```
 {metrics}
@@ -53,7 +53,7 @@ that were not looked at.
 '''
 
 
-def saved(sae, model, out, tokens, recipe, more=''):
+def saved(sae, model, out, asked, recipe, more=''):
     "Rounds, measures and writes one coder; its figures."
     sae = sae.to(torch.bfloat16)
     site, name = sae.cfg.site, model.name.removeprefix('tiny://')
@@ -62,7 +62,8 @@ def saved(sae, model, out, tokens, recipe, more=''):
     size = sum(p.numel()*2 for p in sae.parameters())/1e6
     kind = f'{sae.cfg.activation}{", atoms of rank one, one dictionary for all heads" if sae.cfg.rank1 else ""}'
     card = CARD.format(id=site, site=site, model=name, kind=kind, d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, size=size,
-                       held=f'{16_384:,}', metrics=metrics, more=more, tokens=tokens, recipe=recipe)
+                       held=f'{16_384:,}', metrics=metrics, more=more, tokens=sae.metrics.trained,
+                       asked=asked, recipe=recipe)
     folder = sae.save(Path(out, name, site), card=card)
     print(folder, f'{size:.2f} MB', metrics, more, sep='\n', flush=True)
 
@@ -75,11 +76,11 @@ def main(names, only, tokens, out):
             sae = train_sae(model, layer=block, site=site, tokens=tokens, activation='batchtopk', **sizes)
             saved(sae, model, out, tokens, 'batches of 512, Adam from 5e-3, AuxK 1/4, one seed')
         if name in MATRICES and 'state' in only:
-            sampled = tokens//16                                           # each token gives a matrix of each head
-            sae = train_state_sae(model, block, tokens=sampled, k=8, d_sae=1024)
+            # each token gives a matrix of each head
+            sae = train_state_sae(model, block, tokens=tokens//16, k=8, d_sae=1024)
             test = replace_writes(model, sae)
             more = f'\nA write replaced by its atom:\n\n```\n{test}\n```\n'
-            saved(sae, model, out, sampled, 'batches of 512 matrices of all heads, Adam from 5e-3, AuxK 1/4', more)
+            saved(sae, model, out, tokens, 'batches of 256 matrices of all heads, Adam from 5e-3, AuxK 1/4', more)
 
 
 if __name__ == '__main__':
