@@ -19,6 +19,7 @@ from .hook import HookedModel
 from .latent import LatentReport, SAEInspector, latent_report
 from .registry import CFG, locate
 from .site import canonical
+from .sparse import choose
 from .stream import Text
 
 # %% ../nbs/40_sae.ipynb #Feature
@@ -227,6 +228,23 @@ class SAE(nn.Module):
         weights = dict(self.named_parameters()) | {'W_enc': self.W_enc, 'W_dec': self.W_dec}
         for name, _ in out.named_parameters(): setattr(out, name, _frozen(weights[name]))
         out.metrics, out.frequency = self.metrics, self.frequency
+        return out
+
+    @torch.no_grad()
+    def with_threshold(
+        self,
+        x: Tensor,  # (..., *cfg.shape) or (..., d_in), on which k latents are to act on average
+    ) -> 'SAE':
+        """This TopK coder as the JumpReLU coder with one threshold for all latents, as BatchTopK coders are saved.
+
+        A transcoder can be shared so: SAELens has JumpReLU transcoders, and none that is TopK. ValueError for others.
+        """
+        if self.cfg.activation != 'topk': raise ValueError(f'got a {self.cfg.activation} coder, expected a topk one')
+        parts = self._scaled(self._flat(x))[0].reshape(-1, self.d_in).split(4096)
+        least = [choose(self.pre(rows), self.k, batch=True).value.min() for rows in parts]
+        out, weights = SAE(replace(self.cfg, activation='jumprelu')), dict(self.named_parameters())
+        weights['threshold'] = torch.stack(least).mean().expand(self.d_sae)*(1 - 1e-6)     # the least one acts, too
+        for name, _ in out.named_parameters(): setattr(out, name, _frozen(weights[name]))
         return out
 
     def save(self, path: str | Path, card: str | None = None) -> Path:

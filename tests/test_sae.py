@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import circuitbench.folder as folder_module
 import circuitbench.latent as latent_module
 import circuitbench.train as train_module
+from circuitbench.coder import Place
 from circuitbench.edit import clamp, splice, zero
 from circuitbench.latent import (
     LatentReport,
@@ -525,3 +526,21 @@ def test_zero_edit_and_splice_of_zero_agree(mamba2):
     sae, ids = random_sae(64, 96, 4, model=mamba2.name), torch.arange(1, 20)[None]
     sae.b_enc.data.fill_(-1e9), sae.b_dec.data.zero_()
     assert torch.equal(mamba2.run(ids, edit=splice(SITE, sae)).logits, mamba2.run(ids, edit=zero(SITE)).logits)
+
+
+@pytest.mark.parametrize('kind', [dict(), dict(writes=(Place('embed', (5,)),)), dict(shape=(4, 3), rank1=True, normalize='constant_norm_rescale')])
+def test_a_topk_coder_with_one_threshold_is_jumprelu(kind, tmp_path):
+    sae, g = SAE(SAEConfig(**(dict(d_in=12, d_sae=40, k=3, site='embed') | kind)), 1), torch.Generator().manual_seed(0)
+    for p in sae.parameters(): p.data += .1*torch.randn(p.shape, generator=g)
+    x = 5*torch.randn(3000, 12, generator=g)
+    jump = sae.with_threshold(x)
+    z = jump.encode(x)
+    assert jump.cfg.activation == 'jumprelu' and (z > 0).sum() == 3*3000 and jump.threshold.unique().numel() == 1
+    scaled = x/x.norm(dim=1, keepdim=True)*12**.5 if 'normalize' in kind else x
+    pre = ((scaled if 'writes' in kind else scaled - sae.b_dec) @ sae.W_enc + sae.b_enc).double().numpy()
+    least = np.sort(pre.ravel())[::-1][3*3000 - 1]
+    assert np.allclose(z.numpy(), pre*(pre >= least), atol=1e-4)
+    back = SAE.load(jump.save(tmp_path/'sae'))
+    assert torch.equal(back.encode(x), z)
+    if 'writes' in kind: assert json.loads((tmp_path/'sae'/'cfg.json').read_text())['architecture'] == 'jumprelu_transcoder'
+    with pytest.raises(ValueError, match='got a jumprelu coder, expected a topk one'): jump.with_threshold(x)
