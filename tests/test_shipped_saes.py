@@ -23,7 +23,7 @@ def test_each_model_has_a_coder_of_each_kind_and_all_are_small():
     assert sum(f.stat().st_size for f in SAES.rglob('*') if f.is_file()) < 15e6
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n.endswith('write') else n for n in NAMES])
 def test_a_coder_reaches_the_figures_of_its_card(name):
     sae, model = SAE.load(name), load_model('/'.join(name.split('/')[:3]))
     assert sae.check(model) == sae.site and sae.cfg.model == model.name and sae.W_dec.dtype == torch.bfloat16

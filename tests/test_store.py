@@ -405,6 +405,7 @@ def test_an_error_in_the_thread_is_raised_where_the_batches_are_used():
 
 STOPPED = """
 import os, signal, sys, threading, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)                        # ignored where the tests run in the background
 sys.path.insert(0, sys.argv[1])                                                 # the module alone, which needs no other
 from shuffle import Part, shuffled
 def part(i):

@@ -137,6 +137,7 @@ def call(folder): return store_states(model, x, folder, at='every:2', piece=4, p
 
 STOPPED = CALL + """
 import os
+signal.signal(signal.SIGINT, signal.default_int_handler)                        # ignored where the tests run in the background
 calls = []
 def stop(module, args):
     calls.append(1)
