@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coder import SAEConfig
-from .peers import Peers, lowest, total
+from .peers import Peers, choose_among, lowest, total
 from .sparse import choose, dots, geometric_median, jump, rows_of, written
 
 Weights = dict[str, Tensor]
@@ -71,8 +71,7 @@ def sparse_slope(
     "The gradient by hand, from the rows of the latents that act."
     n, (d_sae, _), E, D = len(x), w['D'].shape, w['E'], w['D']
     pre = pre_activation(cfg, w, x, loss.bfloat16)
-    pairs, batch = choose(pre, cfg.k, cfg.activation == 'batchtopk', loss.floor), cfg.activation == 'batchtopk'
-    token, latent, value = pairs = peers.chosen(pairs, n, cfg.k, batch) if peers else pairs
+    token, latent, value = pairs = choose_among(peers, pre, cfg.k, cfg.activation == 'batchtopk', loss.floor)
     groups = max(1, len(cfg.prefixes))
     bag = token
     if groups > 1:
@@ -143,12 +142,13 @@ def add_auxiliary(
     weight: float,
     var: float,
     peers: Peers | None = None,  # processes that hold the other latents
+    many: int | None = None,  # dead latents of all processes; None: these
 ):
     """Adds AuxK's gradients with respect to E, D and the bias; what is left over is taken as given.
 
     At most d_in/2 dead latents act on a token, and fewer weigh less. Few are dead, so these products are dense.
     """
-    wanted, many = x.shape[1]//2, int(total(peers, torch.tensor(len(dead), device=x.device)))
+    wanted, many = x.shape[1]//2, many or len(dead)
     value, index = slope.pre[:, dead].topk(min(wanted, len(dead)), sorted=False)
     on = torch.ones_like(value) if peers is None else (value >= peers.least(value, wanted)[:, None]).to(value)
     z, acts = (slope.pre.new_zeros(len(x), len(dead)).scatter(1, index, v) for v in (value*on, on))

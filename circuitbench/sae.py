@@ -17,6 +17,7 @@ from .coder import Metrics, Place, SAEConfig
 from .folder import LAYOUT, Folder, architecture, hook_name, read_folder, site_name, write_folder
 from .hook import HookedModel
 from .latent import LatentReport, SAEInspector, latent_report
+from .peers import lowest
 from .registry import CFG, locate
 from .site import canonical
 from .sparse import choose
@@ -224,10 +225,14 @@ class SAE(nn.Module):
     def flat(self) -> 'SAE':
         "This coder with full rows in the place of outer products; itself where it has them."
         if not self.cfg.rank1: return self
-        out = SAE(replace(self.cfg, rank1=False))
-        weights = dict(self.named_parameters()) | {'W_enc': self.W_enc, 'W_dec': self.W_dec}
-        for name, _ in out.named_parameters(): setattr(out, name, _frozen(weights[name]))
+        out = self._remade({'W_enc': self.W_enc, 'W_dec': self.W_dec}, rank1=False)
         out.metrics, out.frequency = self.metrics, self.frequency
+        return out
+
+    def _remade(self, weights: dict[str, Tensor], **changes) -> 'SAE':
+        "A coder of a changed configuration, with these weights and otherwise its own."
+        out, weights = SAE(replace(self.cfg, **changes)), dict(self.named_parameters()) | weights
+        for name, _ in out.named_parameters(): setattr(out, name, _frozen(weights[name]))
         return out
 
     @torch.no_grad()
@@ -240,12 +245,11 @@ class SAE(nn.Module):
         A transcoder can be shared so: SAELens has JumpReLU transcoders, and none that is TopK. ValueError for others.
         """
         if self.cfg.activation != 'topk': raise ValueError(f'got a {self.cfg.activation} coder, expected a topk one')
-        parts = self._scaled(self._flat(x))[0].reshape(-1, self.d_in).split(4096)
-        least = [choose(self.pre(rows), self.k, batch=True).value.min() for rows in parts]
-        out, weights = SAE(replace(self.cfg, activation='jumprelu')), dict(self.named_parameters())
-        weights['threshold'] = torch.stack(least).mean().expand(self.d_sae)*(1 - 1e-6)     # the least one acts, too
-        for name, _ in out.named_parameters(): setattr(out, name, _frozen(weights[name]))
-        return out
+        rows = self._scaled(self._flat(x))[0].reshape(-1, self.d_in)
+        parts = rows.tensor_split(max(1, len(rows)//4096))
+        least = torch.stack([lowest(None, choose(self.pre(part), self.k, batch=True).value) for part in parts]).mean()
+        threshold = least.expand(self.d_sae)*(1 - 1e-6)                                    # the least one acts, too
+        return self._remade({'threshold': threshold}, activation='jumprelu')
 
     def save(self, path: str | Path, card: str | None = None) -> Path:
         "Writes a folder in SAELens' layout, whole or not at all; `flat()` first where its atoms are outer products."

@@ -266,9 +266,8 @@ def train_sae(
     where it was ended. Raises ValueError for numbers out of range, a site that is not one, an empty text, activations
     that are not finite or do not vary; SiteError for an unknown site.
     """
-    begin = time.perf_counter()
+    begin, device = time.perf_counter(), torch.device(device or model.device)
     _check_numbers(k, expansion, tokens, batch_size, lr, aux)
-    device = torch.device(device or model.device)
     cfg = _config(model, layer, site, k, expansion, context, activation, prefixes, beside, writes, skip, heads, rank1)
     rows, held, note = _split(model, text, context, tokens)
     cfg = replace(cfg, context=rows.shape[1])
@@ -276,8 +275,7 @@ def train_sae(
         share = accelerator.num_processes
         rows, tokens, batch_size = rows[accelerator.process_index::share], tokens//share, batch_size//share
     some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:4096//rows.shape[1] + 1]
-    first = rows_of(cfg, site_rows(model, cfg, rows[some]))
-    x, y = (None if v is None else v.to(device) for v in first)
+    x, y = (None if v is None else v.to(device) for v in rows_of(cfg, site_rows(model, cfg, rows[some])))
     trainer = Trainer(cfg, x, -(-tokens//batch_size), y, accelerator, shard, lr=lr, aux=aux, resample=resample,
                       seed=seed, **recipe)
     source = f'{weights_hash(model)} {hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]}' if checkpoint else ''

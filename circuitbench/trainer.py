@@ -17,10 +17,10 @@ from .coder import SAEConfig
 from .gradient import (
     Loss, Slope, Weights, add_auxiliary, bias_name, dense_slope, factor_gradients, first_weights, full_rows,
     pre_activation, scales, sparse_slope)
-from .peers import Peers, lowest, total
+from .peers import Peers, choose_among, lowest, total
 from .recipe import Recipe
 from .sae import SAE
-from .sparse import choose, unit_gradient
+from .sparse import unit_gradient
 
 # %% ../nbs/41_trainer.ipynb #trainer
 _WHOLE = 'b_dec', 'W_skip'                                 # of which each process has all, where latents are spread
@@ -38,7 +38,8 @@ class Trainer:
         **recipe,  # of Recipe: lr, aux, dead_after, resample, seed, ...
     ):
         "Raises ValueError for rows that are not finite, do not vary, or do not fit."
-        self.cfg, self.steps, self.recipe, self.accelerator = cfg, steps, Recipe(**recipe), accelerator
+        self.cfg, self.steps, self.recipe = cfg, steps, Recipe(**recipe)
+        self.accelerator = None if shard else accelerator                                    # that averages
         if bool(cfg.writes) != (y is not None):
             raise ValueError(f'got {"no y" if y is None else "y"} for a coder that {"" if cfg.writes else "does not "}'
                              'write another place, expected y for a transcoder alone')
@@ -62,11 +63,10 @@ class Trainer:
             self.w = {n: p[self.peers.part].clone() if n not in _WHOLE else p for n, p in self.w.items()}
             self.make.manual_seed(self.recipe.seed + self.peers.first)
         self.adam = torch.optim.Adam(self.w.values(), lr=self.recipe.lr, betas=(.9, .999), fused=True)
-        count = self.peers.count if shard else cfg.d_sae
-        self.silent = torch.zeros(count, dtype=torch.long, device=x.device)               # rows since each latent fired
+        self.silent = torch.zeros_like(self.w[bias_name(cfg)], dtype=torch.long)             # rows since each fired
         self.step_no, self.l1, self.least, self.since, self.torn = 0, self.recipe.l1/cfg.k**.5, 0., 0, False
         self.limit = self.recipe.dead_after or 0                                             # rows that make one dead
-        if accelerator is not None and not shard: self._same_start()
+        if self.accelerator is not None: self._same_start()
 
     @property
     def full(self) -> Weights:
@@ -88,10 +88,10 @@ class Trainer:
         loss = Loss(self.var, .8*self.least, self.l1, recipe.l0, recipe.width*self.level, recipe.bfloat16)
         by_hand, peers = cfg.activation in ('topk', 'batchtopk'), self.peers
         slope = sparse_slope(cfg, w, x, t, loss, peers) if by_hand else dense_slope(cfg, w, x, t, loss)
-        many = int(total(peers, torch.tensor(len(dead), device=x.device)))
+        many = int(peers.sum(torch.tensor(len(dead), device=x.device))) if peers else len(dead)
         slope.figures['fvu'] = slope.rest.square().sum(1).mean()/self.var
         slope.figures['dead'] = many/cfg.d_sae
-        if many and recipe.aux: add_auxiliary(cfg, w, slope, x, dead, recipe.aux, self.var, peers)
+        if many and recipe.aux: add_auxiliary(cfg, w, slope, x, dead, recipe.aux, self.var, peers, many)
         g = slope.grads
         if recipe.tied: g['D'] += g.pop('E')
         if cfg.rank1: factor_gradients(g, self.w, cfg.shape)
@@ -160,8 +160,7 @@ class Trainer:
     def _of_all(self, slope: Slope, count: int) -> tuple[Weights, dict, Tensor, int]:
         "Gradients, figures, latents that fired and rows of all processes."
         values = [torch.as_tensor(v, dtype=torch.float32, device=slope.fired.device) for v in slope.figures.values()]
-        acc = None if self.peers else self.accelerator                             # peers have summed them already
-        numbers = torch.stack([*values, torch.full_like(values[0], count)])
+        numbers, acc = torch.stack([*values, torch.full_like(values[0], count)]), self.accelerator
         grads, fired = slope.grads, slope.fired
         if acc is not None:
             grads, numbers = {n: acc.reduce(g, 'mean') for n, g in grads.items()}, acc.reduce(numbers, 'mean')
@@ -202,7 +201,7 @@ class Trainer:
             if p.dim() == 1 and n != 'b_dec': new[n] = p[live].mean().expand(len(dead))
         if self.cfg.writes: new[bias_name(self.cfg)] = -new['E'] @ x.mean(0)
         for n, rows in new.items():
-            if self.accelerator is not None and not self.peers: rows = self._from_main(rows.contiguous())
+            if self.accelerator is not None: rows = self._from_main(rows.contiguous())
             w[n][dead] = rows
             for moment in ('exp_avg', 'exp_avg_sq'): self.adam.state[w[n]][moment][dead] = 0
         self.silent[dead] = 0
@@ -222,11 +221,9 @@ class Trainer:
         for part in parts:
             pre = pre_activation(self.cfg, self.full, part)
             if self.cfg.activation == 'jumprelu': pre = pre/self.w['threshold'].clamp(min=1e-6)
-            pairs = choose(pre, self.cfg.k, True)
-            value = (self.peers.chosen(pairs, len(part), self.cfg.k, True) if self.peers else pairs).value
+            value = choose_among(self.peers, pre, self.cfg.k, True).value
             least += float(lowest(self.peers, value))/len(parts)
-        if self.accelerator is None or self.peers: return least
-        return float(self._from_main(torch.tensor(least, device=x.device)))
+        return least if self.accelerator is None else float(self._from_main(torch.tensor(least, device=x.device)))
 
     @torch.no_grad()
     def sae(

@@ -691,14 +691,28 @@ def test_latents_start_along_axes_where_these_are_sparse_alone():
 
 
 # -- several processes ---------------------------------------------------------------
-def process(rank, world, port, kind, out):
-    "One process of a data-parallel training: its half of each batch."
+def joined(rank, world, port):
+    "accelerate's, in one of several processes on this machine."
     import os
     os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     from accelerate import Accelerator
-    acc = Accelerator(cpu=True)
-    x = planted(6000)[0]
+    return Accelerator(cpu=True)
+
+
+def in_two_processes(f, kind, folder):
+    import socket
+
+    import torch.multiprocessing as mp
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    mp.spawn(f, (2, port, kind, str(folder)), nprocs=2)
+
+
+def process(rank, world, port, kind, out):
+    "One process of a data-parallel training: its half of each batch."
+    acc, x = joined(rank, world, port), planted(6000)[0]
     t = Trainer(SAEConfig(32, 64, 3, SITE, **kind), x[rank:1000 + rank], 40, accelerator=acc, dead_after=600, aux=.1, resample=1500)
     start = {n: p.clone() for n, p in t.w.items()}
     for i in range(0, 6000, 200):
@@ -714,15 +728,8 @@ def process(rank, world, port, kind, out):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', [dict(), dict(activation='gated')])
 def test_two_processes_are_as_one_with_the_joint_batch(kind, tmp_path):
-    import socket
-
-    import torch.multiprocessing as mp
-
     from circuitbench.sae import SAE
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(process, (2, port, kind, str(tmp_path)), nprocs=2)
+    in_two_processes(process, kind, tmp_path)
     (start, early, a, figures), (other, _, b, others) = (torch.load(tmp_path/str(r), weights_only=True) for r in (0, 1))
     assert same(start, other) and same(a, b) and figures == others and a['step_no'] == 30
     x = planted(6000)[0]
@@ -737,12 +744,7 @@ def test_two_processes_are_as_one_with_the_joint_batch(kind, tmp_path):
 
 def part_of_latents(rank, world, port, kind, out):
     "One process of a training whose latents are spread: it holds half of them, and is given whole batches."
-    import os
-    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    from accelerate import Accelerator
-    acc = Accelerator(cpu=True)
-    x = planted(6000)[0]
+    acc, x = joined(rank, world, port), planted(6000)[0]
     t = Trainer(SAEConfig(32, 64, 3, SITE, **kind), x[:1000], 40, accelerator=acc, shard=True, dead_after=600)
     assert all(len(p) == 32 for n, p in t.w.items() if n != 'b_dec') and len(t.w) > 2
     figures = [t.step(x[i:i + 200]) for i in range(0, 4000, 200)]
@@ -761,15 +763,8 @@ def part_of_latents(rank, world, port, kind, out):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', [dict(), dict(activation='batchtopk'), dict(prefixes=(16, 48, 64)), dict(shape=(8, 4), rank1=True)])
 def test_latents_spread_over_two_processes_are_as_in_one(kind, tmp_path):
-    import socket
-
-    import torch.multiprocessing as mp
-
     from circuitbench.sae import SAE
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(part_of_latents, (2, port, kind, str(tmp_path)), nprocs=2)
+    in_two_processes(part_of_latents, kind, tmp_path)
     parts, figures, threshold = zip(*(torch.load(tmp_path/str(r), weights_only=True) for r in (0, 1)))
     x = planted(6000)[0]
     t = Trainer(SAEConfig(32, 64, 3, SITE, **kind), x[:1000], 40, dead_after=600)
