@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timing import alternate, options, table
 from torch import nn
 
+from circuitbench.baseline import baselines
 from circuitbench.coder import SAEConfig
 from circuitbench.load import load_model
 from circuitbench.planted import planted, recovery
@@ -119,7 +120,10 @@ def batches(x, batch, seed):
 
 
 def quality(o):
-    "Both trained on the same stored activations of tiny://mamba2, three seeds; SAELens also at larger learning rates."
+    """Both trained on the same stored activations of tiny://mamba2, three seeds; SAELens also at larger learning rates.
+
+    Below them what needs no training, with as many numbers a token: principal components, a random dictionary, neurons.
+    """
     model, tokens = load_model('mock://mamba2-tiny' if o.quick else 'tiny://mamba2'), 8192 if o.quick else 200_000
     site = 'blocks.1.ssm.out_proj_in' if o.quick else SITE
     take = lambda split, n: torch.cat([activations(model, site, part).flatten(0, 1) for part in
@@ -138,10 +142,13 @@ def quality(o):
                  normalize_activations='expected_average_only_in')
         t.fit()
         return t.sae
-    made = {'ours topk': ours, 'ours batchtopk': partial(ours, activation='batchtopk')}
+    made = {'ours topk': ours, 'ours topk, resampled': partial(ours, resample=True),
+            'ours batchtopk': partial(ours, activation='batchtopk')}
     if find_spec('sae_lens'):
         made |= {f'sae-lens topk, lr {lr:g}': partial(theirs, lr=lr) for lr in (3e-4, 1e-3, 3e-3)}
         made |= {'sae-lens batchtopk, lr 0.001': partial(theirs, lr=1e-3, kind='batchtopk')}
+    plain = [baselines(model, ours(0), tokens=16_384, seed=seed) for seed in range(1 if o.quick else 3)]
+    made |= {name: lambda seed, name=name: plain[seed][name] for name in plain[0]}
     for name, make in made.items():
         start = time.perf_counter()
         got = [score(make(seed), held) for seed in range(1 if o.quick else 3)]
@@ -158,16 +165,17 @@ def recovered(o):
     p, k, batch = planted(64, 256, 4, 20_000 if o.quick else 200_000, noise=.05), 4, 1024
     steps, rows = len(p.x)//batch*(1 if o.quick else 3), []
     for d_sae in (256, 512):
-        def ours(activation, d_sae=d_sae):
+        def ours(activation, d_sae=d_sae, resample=False):
             t = Trainer(SAEConfig(64, d_sae, k, 'blocks.0.resid_post', activation=activation), p.x[:4096], steps,
-                        dead_after=20*batch)
+                        dead_after=20*batch, resample=resample)
             for b, _ in zip(batches(p.x, batch, 0), range(steps)): t.step(b)
             return t.sae(p.x[:8192])
         def theirs(lr, d_sae=d_sae):
             t = lens(64, d_sae, k, steps*batch, batch, batches(p.x, batch, 0), lr, window=20)
             t.fit()
             return t.sae
-        made = {'ours topk': partial(ours, 'topk'), 'ours batchtopk': partial(ours, 'batchtopk')}
+        made = {f'ours {a}{", resampled"*r}': partial(ours, a, resample=r and 50*batch)
+                for a in ('topk', 'batchtopk') for r in (False, True)}
         if find_spec('sae_lens'): made |= {f'sae-lens topk, lr {lr:g}': partial(theirs, lr) for lr in (3e-4, 3e-3)}
         for name, make in made.items():
             sae = make()

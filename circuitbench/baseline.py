@@ -47,7 +47,7 @@ def _sample(model, sae: SAE, rows: Tensor) -> tuple[Tensor, Tensor]:
     "Vectors read and written, (n, d_in) and (n, d_out), as many as fit into 512 MiB."
     parts, most = [], 2**27//(sae.d_in + sae.cfg.d_out)
     for part in chunked(model, sae, rows):
-        parts.append([v.flatten(0, 2) for v in vectors(model, sae, part)])
+        parts.append([v.flatten(0, 2).float() for v in vectors(model, sae, part)])
         if sum(len(x) for x, _ in parts) >= most: break
     return tuple(torch.cat(v)[:most] for v in zip(*parts))
 

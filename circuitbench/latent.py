@@ -26,14 +26,14 @@ def latent_activations(
     sae,  # a coder of the model
     ids: Tensor,  # (batch, pos)
 ) -> Tensor:
-    "Activations of all latents, (batch, pos, d_sae), the highest over heads where these are read one by one."
+    "Activations of all latents, (batch, pos, d_sae), float32; the highest over heads where these are read one by one."
     cfg = getattr(sae, 'cfg', None)
     sites = [n for p in cfg.reads for n in model.site_names(p.site)] if cfg else [sae.check(model)]
     if others := {p.model for p in cfg.reads if p.model} - {model.name} if cfg else ():
         raise ValueError(f'got a coder that reads {sorted(others)} too, expected one of {model.name} alone')
     x = heard(model, sites, ids)
-    if cfg and cfg.heads: return sae.encode(x[sites[0]][:, :, list(cfg.heads)].flatten(3)).amax(2)
-    return sae.encode(torch.cat([x[n].flatten(2) for n in sites], -1))
+    if cfg and cfg.heads: return sae.encode(x[sites[0]][:, :, list(cfg.heads)].flatten(3)).amax(2).float()
+    return sae.encode(torch.cat([x[n].flatten(2) for n in sites], -1)).float()
 
 # %% ../nbs/39_latent.ipynb #windows
 def _highest(z: Tensor, n: int, window: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@
 __all__ = ['TINY', 'byte_tokenizer', 'load_model', 'tiny_path']
 
 # %% ../nbs/31_load.ipynb #ea30cb6f
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel,
     PreTrainedTokenizerFast)
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .hook import HookedModel
 from .layout import from_mamba_ssm, from_pth, is_mamba_ssm, read_archive
@@ -122,6 +123,15 @@ def _tokenizer(where: str | Path, revision: str | None):
         except (OSError, ValueError, TypeError): return None
     return tok if len(tok) > len(tok.all_special_tokens) else None   # without files, transformers makes an empty one
 
+@contextmanager
+def _no_bar():
+    "Without transformers' progress bar: what ships is there at once."
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
 _CHOICES = ('tiny://NAME, mock://FAMILY-tiny, a local folder, a .pth of RWKV-7 or a Hugging Face id; '
             '`circuitbench models` lists them')
 
@@ -146,7 +156,8 @@ def load_model(
     options = dict(dtype=torch.float32 if dtype is None else dtype, device_map=device_map)
     if not rest: hf, tok = _saved(name, name, revision, **options)
     elif scheme == 'mock': hf, tok = _mock(rest)
-    elif scheme == 'tiny': hf, tok = _saved(name, tiny_path(name), None, **options)
+    elif scheme == 'tiny':
+        with _no_bar(): hf, tok = _saved(name, tiny_path(name), None, **options)
     else: raise ValueError(f'got {name!r}, expected {_CHOICES}')
     if scheme == 'mock' and dtype not in (None, 'auto'): hf = hf.to(dtype)
     if device_map is None:

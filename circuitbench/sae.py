@@ -307,7 +307,10 @@ def load_sae(
     device: str | torch.device = 'cpu',
     revision: str | None = None,  # of the Hub's repository
 ) -> SAE:
-    "Reads an SAE, ours or SAELens' own; ValueError for what is not there, damaged or of another kind."
+    """Reads an SAE, ours or SAELens' own, half precision as float32.
+
+    Raises ValueError for what is not there, damaged or of another kind.
+    """
     folder = read_folder(path := locate(name, revision))
     try:
         sae = SAE(_config(folder))
@@ -321,7 +324,8 @@ def load_sae(
         if got != want: raise ValueError(f'got {path} with {name} of shape {got}, expected {want}')
         if not folder.weights[name].isfinite().all():
             raise ValueError(f'got {path} with {name} not finite, expected numbers')
-    for name, w in folder.weights.items(): setattr(sae, name, _frozen(w))
+    for name, w in folder.weights.items():
+        setattr(sae, name, _frozen(w.to(torch.promote_types(w.dtype, torch.float32))))
     sae.frequency = folder.frequency
     return sae.to(device)
 

@@ -38,9 +38,7 @@ def test_the_fixtures_are_all_there():
 @pytest.mark.parametrize('name', FIXTURES)
 def test_what_sae_lens_wrote_gives_what_it_computed(name):
     sae, said = SAE.load(HERE/name), load_file(HERE/name/'truth.safetensors')
-    if name.endswith('float16'):                                         # bfloat16 too: recorded in float32
-        assert sae.b_dec.dtype in (torch.bfloat16, torch.float16)
-        sae = sae.float()
+    assert sae.b_dec.dtype == torch.float32                              # half precision too
     a, y = sae.encode(said['x']), sae(said['x'])
     assert said['a'].any() and said['y'].any()
     assert torch.equal(a > 0, said['a'] > 0)
@@ -95,7 +93,8 @@ def test_names_of_dtypes(tmp_path, dtype): assert same_as('topk', changed(HERE/'
 def test_tensors_take_the_dtype_that_the_file_names(tmp_path):
     mixed = lambda w: {n: p if n == 'b_dec' else p.bfloat16() for n, p in w.items()}
     sae = SAE.load(changed(HERE/'jumprelu', tmp_path/'a', mixed, dtype='torch.bfloat16'))
-    assert {p.dtype for p in sae.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in sae.parameters()} == {torch.float32}
+    assert torch.equal(sae.W_dec, load_file(HERE/'jumprelu'/'sae_weights.safetensors')['W_dec'].bfloat16().float())
     assert SAE.load(changed(HERE/'topk', tmp_path/'b', dtype='float64')).b_dec.dtype == torch.float64
     folded = SAE.load(changed(HERE/'topk-norms', tmp_path/'c', dtype='bfloat16'))      # not rounded a second time
     assert folded.b_dec.dtype == torch.float32 and top(folded.W_dec.norm(dim=1), torch.ones(12)) < 1e-6

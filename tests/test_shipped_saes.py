@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from circuitbench.browse import PARTS, SAEInspector
 from circuitbench.evaluate import core_metrics
 from circuitbench.load import load_model
 from circuitbench.registry import SAES, released
@@ -26,10 +27,19 @@ def test_each_model_has_a_coder_of_each_kind_and_all_are_small():
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n.endswith('write') else n for n in NAMES])
 def test_a_coder_reaches_the_figures_of_its_card(name):
     sae, model = SAE.load(name), load_model('/'.join(name.split('/')[:3]))
-    assert sae.check(model) == sae.site and sae.cfg.model == model.name and sae.W_dec.dtype == torch.bfloat16
+    assert sae.check(model) == sae.site and sae.cfg.model == model.name
     m = core_metrics(model, sae, list(shipped_text('held'))[::7], tokens=2048)
     said = sae.metrics
     assert m.explained_variance == pytest.approx(said.fve, abs=.06) and m.l0 == pytest.approx(said.l0, rel=.2)
     assert m.ce['sae'] - m.ce['clean'] == pytest.approx(said.loss_spliced - said.loss_clean, abs=.1)
     card = (SAES/name.removeprefix('tiny://')/'README.md').read_text()
     assert f"SAE.load('{name}')" in card and f'{said.fve:.4f}' in card
+
+
+def test_a_shipped_coder_opens_in_every_view():
+    model, sae = load_model('tiny://mamba2'), SAE.load('tiny://mamba2/blocks.3.ssm.out_proj_in')
+    shown = SAEInspector(sae.report(model, tokens=2048), model=model, sae=sae)
+    latent = int(shown.report.frequency.argmax())
+    for part in PARTS: assert f'atent {latent}' in shown.set(latent=latent, show=part).html
+    half = sae.to(torch.bfloat16).report(model, tokens=2048)
+    assert half.peak.dtype == torch.float32 and half.frequency.argmax() == latent
