@@ -17,7 +17,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["circuitbench", "circuitbench.*"]), python_requires=">=" + cfg["min_python"],
-    package_data={"circuitbench": ["*.js", "tiny/*", "tiny/*/*", "saes/*/*/*"]},
+    package_data={"circuitbench": ["*.js", "tiny/*", "tiny/*/*", "saes/*/*/*", "truth/*", "truth/*/*"]},
     include_package_data=False, zip_safe=False,
     install_requires=cfg["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -84,7 +84,7 @@ class _Way:
         point = model.points[block].get('ssm.in_proj')
         linear = model.blocks[block].get_submodule(point.module) if point and point.module else None
         self.linear = linear if isinstance(linear, nn.Linear) else None
-        self.fused, self.mixer_in, self.columns = f'blocks.{block}.ssm.in_proj', f'blocks.{block}.mixer_in', None
+        self.fused, self.mixer_in, self.columns = f'blocks.{block}.ssm.in_proj', f'blocks.{block}.mixer_in', {}
 
     @property
     def sites(self) -> list[str]:
@@ -92,19 +92,22 @@ class _Way:
         if not self.ports: return []
         return [self.pre, *dict.fromkeys(n.site for n in self.nodes), *([self.fused, self.mixer_in]*bool(self.linear))]
 
-    def _learn(self, heard: _Heard):
-        "The columns of the matrix that each port comes from; none where they overlap, or the matrix is not alone."
-        self.columns, used, wide = {}, set(), heard[self.fused]
+    def learn(self, heard: _Heard):
+        "The columns of the matrix that each port comes from, on a short run; none where the matrix is not alone."
+        self.columns = {}
+        if self.linear is None: return
+        used, wide = set(), heard[self.fused]
         g = torch.randn(wide.shape, generator=torch.Generator().manual_seed(0)).to(wide)
         got, want = _back([wide], [g], heard[self.mixer_in]), g.reshape(*g.shape[:2], -1) @ self.linear.weight.to(g)
         self.scale = float((got*want).sum()/want.square().sum())
         alone = (got - self.scale*want).norm() <= 1e-4*got.norm()
         for site, heads in dict.fromkeys((n.site, n.heads) for n in self.nodes if n.branch == 'ssm'):
             back = _back([heard[site]], [_only(torch.rand_like(heard[site]) + .5, heads)], wide)
-            own = (back.flatten(0, 1).abs().amax(0) > 0).nonzero()[:, 0]
-            alone = alone and used.isdisjoint(own.tolist()) and len(own) > 0
-            used |= {*own.tolist()}
-            self.columns[site, heads] = own
+            own = (back.flatten(0, 1).abs().amax(0) > 0).nonzero()[:, 0].tolist()
+            alone = alone and used.isdisjoint(own) and len(own) > 0
+            used |= {*own}
+            joined = own and own[-1] - own[0] == len(own) - 1               # a slice is read in place
+            self.columns[site, heads] = slice(own[0], own[-1] + 1) if joined else own
         if not alone: self.columns, self.linear = {}, None
 
     def gradients(
@@ -114,17 +117,15 @@ class _Way:
         which: Callable[[Node], Sequence[int] | None] = lambda n: n.heads,  # heads whose part is drawn back
     ) -> Tensor:
         "Of each port in the stream: (port, batch, pos, d_model)."
-        if self.linear is not None and self.columns is None: self._learn(heard)
-        found = {}
-        if self.linear is not None: found |= self._through_matrix(heard, grads, which)
-        keys = dict.fromkeys((n.site, n.heads) for n in self.nodes if (n.site, n.heads) not in (self.columns or {}))
+        found = self._through_matrix(heard, grads, which) if self.columns else {}
+        keys = dict.fromkeys((n.site, n.heads) for n in self.nodes if (n.site, n.heads) not in self.columns)
         for site, heads in keys:
             chosen = which(next(n for n in self.nodes if (n.site, n.heads) == (site, heads)))
             g = _only(grads[site], chosen)
             parts = [_back([heard[site]], [part], heard[self.pre]) for part in self._by_residue(g)]
             found |= {(site, heads, lag): v for lag, v in enumerate(self._by_lag(parts))}
-        rows = [found[n.site, n.heads, n.lag or 0] for n in self.nodes]
-        return torch.stack([heard.rows(self.pre, g) for g in rows])
+        rows = [heard.rows(self.pre, found[n.site, n.heads, n.lag or 0]) for n in self.nodes]
+        return torch.stack(rows)
 
     def _by_residue(self, g: Tensor) -> list[Tensor]:
         "A gradient at every span-th position alone, from each start."
@@ -143,17 +144,19 @@ class _Way:
 
     def _through_matrix(self, heard, grads, which) -> dict:
         "For ports that come out of one matrix: by (site, heads, lag)."
-        sites = list(dict.fromkeys(site for site, _ in self.columns))
-        masked = {s: torch.zeros_like(grads[s]) for s in sites}
+        sites, kept = list(dict.fromkeys(site for site, _ in self.columns)), {}
         for n in self.nodes:
-            if n.site in masked: masked[n.site] += 0 if n.lag else _only(grads[n.site], which(n))
-        outs, split = [heard[s] for s in sites], {s: self._by_residue(masked[s]) for s in sites}
+            if n.site in sites: kept.setdefault(n.site, set()).update(which(n) or range(grads[n.site].shape[2]))
+        whole = {s: len(kept[s]) == grads[s].shape[2] for s in sites}
+        split = {s: self._by_residue(grads[s] if whole[s] else _only(grads[s], sorted(kept[s]))) for s in sites}
+        outs = [heard[s] for s in sites]
         wide = self._by_lag([_back(outs, [split[s][r] for s in sites], heard[self.fused]) for r in range(self.span)])
         asked = [(n.site, n.heads, n.lag or 0) for n in self.nodes if (n.site, n.heads) in self.columns]
-        W = self.linear.weight*self.scale
-        rows = torch.stack([wide[lag][..., own] @ W[own].to(wide[lag])
-                            for site, heads, lag in asked for own in [self.columns[site, heads]]])
-        x, pre = heard[self.mixer_in], heard[self.pre]
+        x, pre, W = heard[self.mixer_in], heard[self.pre], (self.linear.weight*self.scale).to(wide[0])
+        rows = x.new_empty(len(asked), *x.shape)
+        for row, (site, heads, lag) in zip(rows, asked):
+            own = self.columns[site, heads]
+            torch.matmul(wide[lag][..., own], W[own], out=row)
         got = torch.autograd.grad(x, pre, rows, retain_graph=True, is_grads_batched=True)[0]
         return dict(zip(asked, got))
 
@@ -235,6 +238,21 @@ def attribute(
     note = '' if done == len(pairs) else f'interrupted after {done} of {len(pairs)} pairs'
     return Scores(graph, run.edges/done, run.nodes/done, name, run.clean/done, run.corrupt/done, done, note)
 
+class _Products:
+    "Change times gradient at each site, summed over the batch and within a head: (pos, head)."
+    def __init__(self, run: '_Attribution', moved, rows):
+        self.run, self.moved, self.rows, self.known = run, moved, rows, {}
+
+    def of(self, n: Node, heads=None) -> Tensor:
+        "Of a node, by position; of some of its heads."
+        if n.site not in self.known or n.branch == 'block':
+            change = self.run._block_change(n, self.moved) if n.branch == 'block' else self.moved[n.site]
+            v = (change*self.rows[n.site]).sum(0).flatten(1)
+            many = 1 if n.kind not in ('port', 'head') or n.heads is None else self.run.heads_of(n)
+            self.known[n.site] = v.unflatten(1, (many, -1)).sum(2)
+        v, heads = self.known[n.site], n.heads if heads is None else heads
+        return v.sum(1) if heads is None else v[:, list(heads)].sum(1)
+
 class _Attribution:
     "Sums over batches."
     def __init__(self, model, graph, metric, frozen, ablation, by_position):
@@ -249,28 +267,39 @@ class _Attribution:
         if graph.lags or any(n.branch == 'block' for n in nodes):
             self.written += [n for n in (f'blocks.{i}.resid_pre' for i in range(model.n_layers)) if n in self.read]
         self.first = torch.searchsorted(graph.edges[:, 1].contiguous(), torch.arange(len(nodes) + 1)).tolist()
+        few = torch.randint(model.sizes['d_vocab'], (1, 8), generator=torch.Generator().manual_seed(0))
+        sites = list(dict.fromkeys(s for w in self.ways for s in w.sites))
+        heard = _Heard(model.run_with_cache(few, sites, grad=True)[1])
+        for w in self.ways: w.learn(heard)
         self.edges, self.nodes = torch.zeros(len(graph)), torch.full((len(nodes),), torch.nan)
         self.nodes[[k for k, n in enumerate(nodes) if n.kind != 'logits']] = 0
 
     def add(self, b: Pairs, alphas: Sequence[float]):
-        "The scores of a batch, each step of the integral a run."
-        model, ids = self.model, b.clean
-        with torch.no_grad():
-            out, clean = model.run_with_cache(ids, self.written)
-            other = instead(model, b, self.written, self.ablation, self.mean)
-            first = self.graph.nodes[0].site
-            start = other[first].expand_as(clean[first])
-            self.clean += float(self.metric(b.last(out.logits), b).sum())
-            gone = model.run(b.corrupt) if self.ablation == 'patch' else model.run(ids, edit=patch(first, start))
-            self.corrupt += float(self.metric(b.last(gone.logits), b).sum())
-        moved = {n: clean[n] - other[n] for n in self.written}
-        for a in alphas:
-            edit = () if a == 1 else patch(first, (start + a*(clean[first] - start)).requires_grad_())
+        "The scores of a batch, each step of the integral a run; the first of them is clean."
+        model, ids, first = self.model, b.clean, self.graph.nodes[0].site
+        clean = moved = None
+        with torch.no_grad(): other, gone = self._other(b)
+        self.corrupt += float(self.metric(b.last(gone), b).sum())
+        for a in sorted(alphas, reverse=True):
+            edit = () if clean is None else patch(first, (other[first] + a*moved[first]).requires_grad_())
             with frozen_norms(self.frozen): out, cache = model.run_with_cache(ids, self.read, edit=edit, grad=True)
             value = self.metric(b.last(out.logits), b)
             if value.shape != (len(b),):
                 raise ValueError(f'got a metric of shape {tuple(value.shape)}, expected ({len(b)},), a number a pair')
+            if clean is None:
+                clean = {n: cache[n].detach() for n in self.written}
+                moved = {n: v - other[n] for n, v in clean.items()}
+                self.clean += float(value.detach().sum())
             self._step(b, _Heard(cache), value.sum(), moved, 1/len(alphas))
+
+    def _other(self, b: Pairs) -> tuple[dict[str, Tensor], Tensor]:
+        "What stands in for each value, and the logits where it all does."
+        if self.ablation == 'patch':
+            out, cache = self.model.run_with_cache(b.corrupt, self.written)
+            return dict(cache), out.logits
+        other = instead(self.model, b, self.written, self.ablation, self.mean)
+        first = self.graph.nodes[0].site
+        return other, self.model.run(b.clean, edit=patch(first, other[first].expand(*b.clean.shape, -1))).logits
 
     def _step(self, b, heard: _Heard, value: Tensor, moved: dict[str, Tensor], share: float):
         nodes, names = self.graph.nodes, [n for n in self.read if n in heard.paths]
@@ -280,17 +309,17 @@ class _Attribution:
         grads = {n: torch.zeros_like(heard[n]) if g is None else g for n, g in zip(names, got)}
         rows = {n: heard.rows(n, g) for n, g in grads.items()}
         self._finite(rows)
-        added = {}                                                         # what each writer adds, by site
+        self.moved, added = _Products(self, moved, rows), {}               # what each writer adds, by site
         for k, n in enumerate(nodes):
             if n.kind == 'logits': self._stream([k], rows[n.site][None], moved, added, share)
             if n.kind == 'whole': self._stream([k], self._whole(n, heard, grads)[None], moved, added, share)
-            if n.kind in ('head', 'whole', 'embed'): self.nodes[k] += share*self._at(n, moved, rows)
-            if n.kind == 'port' and not self.graph.lags: self.nodes[k] += share*self._at(n, moved, rows)
+            if n.kind in ('head', 'whole', 'embed') or n.kind == 'port' and not self.graph.lags:
+                self.nodes[k] += share*float(self.moved.of(n).sum())
         for way in self.ways:
             if not way.ports: continue
             into = self._stream(way.ports, way.gradients(heard, grads), moved, added, share)
             if self.graph.lags: self.nodes[way.ports] += share*into
-            self._inner(way, heard, grads, rows, moved, into, share)
+            self._inner(way, heard, grads, moved, into, share)
 
     def _finite(self, rows: dict[str, Tensor]):
         for n, g in rows.items():
@@ -298,17 +327,9 @@ class _Attribution:
                 raise ValueError(f'got gradients at {n} that are not finite, expected numbers; look at the model there '
                                  'or attribute in float64')
 
-    def _at(self, n: Node, moved, rows) -> float:
-        "Change times gradient at a node's own site."
-        v = moved[n.site]*rows[n.site] if n.branch != 'block' else self._block_change(n, moved)*rows[n.site]
-        return float(self._own(n, v).sum())
-
-    def _own(self, n: Node, v: Tensor) -> Tensor:
-        "The part of a site (batch, pos, ...) that is a node's."
-        if n.heads is None: return v
-        if n.kind == 'port': return v[:, :, list(n.heads)]
-        many = self.model.sizes['q_head' if n.branch == 'attn' else 'head']
-        return v.flatten(2).unflatten(2, (many, -1))[:, :, list(n.heads)]
+    def heads_of(self, n: Node) -> int:
+        "How many heads a node's site has."
+        return self.model.heads(n.site) or self.model.sizes['q_head' if n.branch == 'attn' else 'head']
 
     def _block_change(self, n: Node, moved) -> Tensor:
         return moved[n.site] - moved[f'blocks.{n.block}.resid_pre']
@@ -347,39 +368,36 @@ class _Attribution:
         if n.kind != 'head' or n.heads is None: return v[None]
         return shares(self.model, n, v, many)
 
-    def _inner(self, way: _Way, heard, grads, rows, moved, into: Tensor, share: float):
+    def _inner(self, way: _Way, heard, grads, moved, into: Tensor, share: float):
         "Edges from ports to their heads."
         g, nodes = self.graph, self.graph.nodes
         heads = [k for k, n in enumerate(nodes) if n.kind == 'head' and n.block == way.block]
         for k in heads:
             some = range(self.first[k], self.first[k + 1])
             ports = g.edges[self.first[k]:self.first[k + 1], 0].tolist()
-            for e, p in zip(some, ports): self._put(e, self._through(way, p, k, heard, grads, rows, moved, into), share)
+            for e, p in zip(some, ports): self._put(e, self._through(way, p, k, heard, grads, moved, into), share)
 
     def _put(self, e: int, v, share: float):
-        if self.by_position and torch.is_tensor(v) and v.dim(): self.edges[e] += share*v.cpu()
-        elif self.edges.dim() == 1: self.edges[e] += share*float(v)
+        if self.by_position: self.edges[e] += share*v.cpu()
+        else: self.edges[e] += share*float(v if isinstance(v, float) else v.sum())
 
-    def _through(self, way, p: int, k: int, heard, grads, rows, moved, into) -> Tensor | float:
+    def _through(self, way, p: int, k: int, heard, grads, moved, into) -> Tensor | float:
         "What a port's change does through one head."
         port, head = self.graph.nodes[p], self.graph.nodes[k]
         sole = port.heads is None or head.heads is None or self._served(port) == 1
         if port.lag is not None:
             if sole: return float(into[way.ports.index(p)])
-            key = (way.block, head.heads)
-            if self.cached[0] != (key, id(heard)):
+            key = (way.block, head.heads, id(heard))
+            if self.cached[0] != key:
                 shared = lambda n: n.branch == 'ssm' and len(n.heads) > 1
                 G = way.gradients(heard, grads, lambda n: head.heads if shared(n) else n.heads)
-                self.cached = (key, id(heard)), (G*moved[way.pre]).flatten(1).sum(1)
+                self.cached = key, (G*moved[way.pre]).flatten(1).sum(1)
             return float(self.cached[1][way.ports.index(p)])
         if port.branch == 'attn' and not sole:
-            z = _only(grads[head.site], head.heads) if grads[head.site].dim() == 4 else grads[head.site]
+            z = _only(grads[head.site], head.heads)
             g = heard.rows(port.site, _back([heard[head.site]], [z], heard[port.site]))
-        else: g = rows[port.site]
-        chosen = port.heads if port.branch == 'attn' or sole or port.heads is None else head.heads
-        v = moved[port.site]*g
-        v = v if chosen is None else v[:, :, list(chosen)]
-        return v.flatten(2).sum((0, 2)) if self.by_position else v.sum()
+            return (moved[port.site]*g)[:, :, list(port.heads)].sum((0, 2, 3))
+        return self.moved.of(port, port.heads if port.branch == 'attn' or sole else head.heads)
 
     cached = None, None
 

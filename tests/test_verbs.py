@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-from circuitbench.circuit import extract_circuit
 from circuitbench.edit import add, zero
 from circuitbench.load import load_model
 from circuitbench.site import short
 from circuitbench.steer import steer
+from circuitbench.sweep import sweep_sites
 from circuitbench.train import train_sae
 
 FAMILIES = 'falcon-h1', 'jamba', 'hymba', 'rwkv7', 'nemotron-h', 'zamba2', 'qwen3-next', 'kimi-linear', 'lfm2', 'llama'
@@ -30,7 +30,7 @@ def test_an_sae_of_the_default_site(model):
 
 def test_the_effects_of_a_circuit_are_those_of_edits(model):
     site = model.hook_point
-    found = extract_circuit(model, [5, 9, 41, 7, 200], 17, 30, sites=site, ablation='zero', progress=False)
+    found = sweep_sites(model, [5, 9, 41, 7, 200], 17, 30, sites=site, ablation='zero', progress=False)
     diff = lambda out: float(out.last[0, 17] - out.last[0, 30])
     clean = diff(model.run([5, 9, 41, 7, 200]))
     assert found.clean == pytest.approx(clean, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Circuits by ablation, against hooks on the bare model, the equations in float64 numpy, and a circuit set by hand."""
+"""Sweeps by ablation, against hooks on the bare model, the equations in float64 numpy, and a circuit set by hand."""
 import json
 import math
 
@@ -9,10 +9,10 @@ import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from circuitbench.ablate import ablated, cases, cells, running_means, sheet
-from circuitbench.circuit import STRONGEST, Circuit, CircuitInspector, circuit_view, extract_circuit
 from circuitbench.hook import HookedModel
 from circuitbench.load import load_model
 from circuitbench.site import SiteError
+from circuitbench.sweep import STRONGEST, Sweep, SweepInspector, sweep_sites, sweep_view
 
 PROMPT = [5, 9, 41, 7, 200, 9, 3]
 
@@ -42,7 +42,7 @@ PUT = {'zero': torch.zeros_like, 'mean': lambda out: out.mean(1, keepdim=True).e
 
 @pytest.mark.parametrize('ablation', PUT)
 def test_effects_are_those_of_a_hook_on_the_bare_model(model, ablation):
-    c = extract_circuit(model, PROMPT, 17, 30, sites='mixer_out', ablation=ablation, progress=False)
+    c = sweep_sites(model, PROMPT, 17, 30, sites='mixer_out', ablation=ablation, progress=False)
     clean = model.hf(torch.tensor([PROMPT])).logits[0]
     assert c.clean == pytest.approx(diff(clean, 17, 30), abs=1e-3) and c.sites == ('mixer_out',)
     for i, block in enumerate(model.blocks):
@@ -92,7 +92,7 @@ def test_effects_inside_the_recurrence_are_those_of_the_equations(model, how):
     inside = ['x', 'dt', 'B', 'C', 'state', 'y']
     last = model.n_layers - 1
     kw = dict(sites=[f'ssm.{s}' for s in inside], ablation=how, layers=last, progress=False)
-    c = extract_circuit(model, PROMPT, 17, 30, **kw)
+    c = sweep_sites(model, PROMPT, 17, 30, **kw)
     clean = oracle.run(model.hf, np.array([PROMPT]))['logits'][0]
     for s in inside:
         out, j = by_hand(model.hf, [PROMPT], s, how)[0], c.sites.index(f'ssm.{s}')
@@ -181,7 +181,7 @@ def test_a_compiled_circuit_is_found_and_random_scores_do_not_find_it(mqar, reca
     circuit = {n for n, t in zip(names, truth) if t}
     assert circuit == {f'ssm.{s}[0]' for s in IN_CIRCUIT[how]}
     kw = dict(sites=[f'ssm.{s}' for s in SITES], ablation=how, data=torch.tensor(data), progress=False)
-    c = extract_circuit(mqar, prompts, answer, wrong, heads='each', **kw)
+    c = sweep_sites(mqar, prompts, answer, wrong, heads='each', **kw)
     ours = np.array([float(c.effects[0, c.sites.index(n)]) for n in names])
     np.testing.assert_allclose(ours, effect, atol=1e-3)
     if how == 'mean': return                                       # it costs size, not the answer: nothing to rank
@@ -193,7 +193,7 @@ def test_a_compiled_circuit_is_found_and_random_scores_do_not_find_it(mqar, reca
 @pytest.mark.parametrize('how', IN_CIRCUIT)
 def test_the_answer_needs_no_decoy(mqar, recall, how):
     kw = dict(sites=['ssm.x', 'ssm.state', 'ssm.y'], ablation=how, data=torch.arange(256) % 16, progress=False)
-    c = extract_circuit(mqar, *recall, heads=[1, 2, 3], **kw)
+    c = sweep_sites(mqar, *recall, heads=[1, 2, 3], **kw)
     assert c.clean > 1 and (c.effects <= .01*c.clean).all()
 
 
@@ -206,8 +206,8 @@ def test_the_score_of_a_target_is_the_loss_of_transformers(model, n):
     losses = [float(model.hf(torch.tensor([w]), labels=torch.tensor([v])).loss) for w, v in zip(whole, labels)]
     logs = [-n*losses[0], -2*losses[1]]
     kw = dict(sites='mixer_out', progress=False)
-    assert extract_circuit(model, PROMPT, target, metric='log_prob', **kw).clean == pytest.approx(logs[0], abs=2e-3)
-    c = extract_circuit(model, PROMPT, target, other, **kw)
+    assert sweep_sites(model, PROMPT, target, metric='log_prob', **kw).clean == pytest.approx(logs[0], abs=2e-3)
+    c = sweep_sites(model, PROMPT, target, other, **kw)
     assert c.clean == pytest.approx(logs[0] - logs[1], abs=4e-3)
     assert ('sequence' in c.note) == (n > 1) == ('sequence' in repr(c))
     assert c.tokens == (tuple(map(lambda i: model.tokenizer.decode([i]), target)),)
@@ -215,7 +215,7 @@ def test_the_score_of_a_target_is_the_loss_of_transformers(model, n):
 
 def test_the_effect_on_a_sequence_is_that_of_the_loss(model):
     target = [17, 4, 99]
-    c = extract_circuit(model, PROMPT, target, metric='log_prob', ablation='zero', sites='mixer_out', progress=False)
+    c = sweep_sites(model, PROMPT, target, metric='log_prob', ablation='zero', sites='mixer_out', progress=False)
     whole = torch.tensor([PROMPT + target])
     def score(logits):
         return sum(float(logits[0, len(PROMPT) - 1 + j].log_softmax(-1)[t]) for j, t in enumerate(target))
@@ -229,7 +229,7 @@ def test_without_a_wrong_answer_the_best_other_token_stands_against(model):
     best, second = logits.topk(2).indices.tolist()
     kw = dict(sites='mixer_out', progress=False)
     for target, other in ((best, second), (second, best), (17, best)):
-        c = extract_circuit(model, PROMPT, target, **kw)
+        c = sweep_sites(model, PROMPT, target, **kw)
         assert c.wrong == ((model.tokenizer.decode([other]),),)
         assert c.clean == pytest.approx(float(logits[target] - logits[other]), abs=1e-3)
 
@@ -254,8 +254,8 @@ def test_several_prompts_are_the_mean_of_each_alone(model):
     prompts, targets, wrongs = [PROMPT, PROMPT[:3], [1, 2, 3, 4, 5]], [17, [4, 99], 8], [30, [31, 2, 6], None]
     for ablation in ('mean', 'zero'):
         kw = dict(ablation=ablation, progress=False)
-        both = extract_circuit(model, prompts, targets, wrongs, **kw)
-        alone = [extract_circuit(model, *row, **kw) for row in zip(prompts, targets, wrongs)]
+        both = sweep_sites(model, prompts, targets, wrongs, **kw)
+        alone = [sweep_sites(model, *row, **kw) for row in zip(prompts, targets, wrongs)]
         assert both.clean == pytest.approx(np.mean([c.clean for c in alone]), abs=2e-3)
         for what in ('effects', 'norms'):
             want = torch.stack([getattr(c, what) for c in alone]).mean(0)
@@ -263,17 +263,17 @@ def test_several_prompts_are_the_mean_of_each_alone(model):
 
 
 def test_cells_in_one_batch_are_those_in_many(model, monkeypatch):
-    import circuitbench.circuit as module
-    want = extract_circuit(model, PROMPT, 17, 30, progress=False)
+    import circuitbench.sweep as module
+    want = sweep_sites(model, PROMPT, 17, 30, progress=False)
     monkeypatch.setattr(module, '_LOGITS', 1)
     monkeypatch.setattr(module, '_MEANS', 1)
-    got = extract_circuit(model, PROMPT, 17, 30, progress=False)
+    got = sweep_sites(model, PROMPT, 17, 30, progress=False)
     assert torch.allclose(got.effects, want.effects, atol=2e-3) and torch.allclose(got.norms, want.norms, atol=1e-3)
 
 
 def test_data_ablation_puts_the_mean_of_the_texts(model):
     data = torch.arange(2*128) % 250
-    c = extract_circuit(model, PROMPT, 17, 30, sites='mixer_out', ablation='data', data=data, progress=False)
+    c = sweep_sites(model, PROMPT, 17, 30, sites='mixer_out', ablation='data', data=data, progress=False)
     rows = data.view(2, 128)
     for i, block in enumerate(model.blocks):
         seen = []
@@ -283,7 +283,7 @@ def test_data_ablation_puts_the_mean_of_the_texts(model):
         clean = model.hf(torch.tensor([PROMPT])).logits[0]
         out = without(model.hf, block.mixer, lambda o, s=seen: s[0].expand_as(o), [PROMPT])[0]
         assert float(c.effects[i, 0]) == pytest.approx(diff(clean, 17, 30) - diff(out, 17, 30), abs=5e-3)
-    shipped = extract_circuit(model, PROMPT, 17, 30, sites='mixer_out', ablation='data', progress=False)
+    shipped = sweep_sites(model, PROMPT, 17, 30, sites='mixer_out', ablation='data', progress=False)
     assert shipped.effects.isfinite().all() and not torch.allclose(shipped.effects, c.effects)
 
 
@@ -298,20 +298,20 @@ def test_means_leave_padding_out_and_keep_no_states(model):
 
 def test_a_function_of_the_output_is_a_metric(model):
     def sure(out): return out.last.log_softmax(-1).amax(-1)
-    c = extract_circuit(model, [PROMPT, PROMPT[:2]], metric=sure, sites='mixer_out', ablation='zero', progress=False)
+    c = sweep_sites(model, [PROMPT, PROMPT[:2]], metric=sure, sites='mixer_out', ablation='zero', progress=False)
     best = lambda logits: float(logits[0, -1].log_softmax(-1).max())
     clean = [best(model.hf(torch.tensor([p])).logits) for p in (PROMPT, PROMPT[:2])]
     assert c.metric == 'sure' and c.clean == pytest.approx(np.mean(clean), abs=1e-3) and c.tokens == ((), ())
     out = [best(without(model.hf, model.blocks[1].mixer, torch.zeros_like, [p])) for p in (PROMPT, PROMPT[:2])]
     assert float(c.effects[1, 0]) == pytest.approx(np.mean(clean) - np.mean(out), abs=2e-3)
-    top = extract_circuit(model, PROMPT, metric=lambda out: out.logits.max(), sites='mixer_out', progress=False)
+    top = sweep_sites(model, PROMPT, metric=lambda out: out.logits.max(), sites='mixer_out', progress=False)
     assert top.metric == '<lambda>'
     with pytest.raises(ValueError, match='one a prompt'):
-        extract_circuit(model, PROMPT, metric=lambda out: out.logits[0, -1], progress=False)
+        sweep_sites(model, PROMPT, metric=lambda out: out.logits[0, -1], progress=False)
 
 
 def test_the_call_of_the_quick_start(model):
-    c = extract_circuit(model, prompt='Paris is the capital of', target='France', progress=False)
+    c = sweep_sites(model, prompt='Paris is the capital of', target='France', progress=False)
     assert model.hook_point in c.sites and {'ssm.conv', 'ssm.state', 'ssm.y', 'mixer_out'} <= set(c.sites)
     assert c.effects.isfinite().all()
     assert [n for n, _ in c.top_layers(n=3)] == sorted(range(2), key=lambda i: -float(c.effects[i].abs().max()))
@@ -324,7 +324,7 @@ def test_columns_are_what_is_asked_for(model):
     assert names(sites='blocks.1.ssm.*', heads=[0]).count('ssm.B[0]') == 1
     assert len(names(sites='ssm.y', heads='each')) == 2*model.sizes['head']
     assert {c.layer for c in cells(model, ['blocks.0.ssm.y', 'blocks.1.mixer_out'])} == {0, 1}
-    c = extract_circuit(model, PROMPT, 17, sites=['blocks.0.ssm.y', 'blocks.1.mixer_out'], progress=False)
+    c = sweep_sites(model, PROMPT, 17, sites=['blocks.0.ssm.y', 'blocks.1.mixer_out'], progress=False)
     assert c.effects.isnan().tolist() == [[False, True], [True, False]] and '-' in repr(c) and len(c.top(9)) == 2
 
 
@@ -339,40 +339,40 @@ def test_columns_are_what_is_asked_for(model):
     (dict(prompt=[[1, 2], [3, 4]], target=[1, 2, 3]), 'one each'), (dict(ablation='data', data=''), 'at least 2')])
 def test_bad_input_is_said_in_one_or_two_lines(model, kw, says):
     kw = dict(prompt=PROMPT, target=17, progress=False) | kw
-    with pytest.raises(ValueError, match=says) as e: extract_circuit(model, **kw)
+    with pytest.raises(ValueError, match=says) as e: sweep_sites(model, **kw)
     assert str(e.value).count('\n') < 2 and len(str(e.value)) < 240 and bare(model)
 
 
 def test_a_site_that_is_not_there_and_text_without_a_tokenizer(model, mqar):
-    with pytest.raises(SiteError, match='nearest'): extract_circuit(model, PROMPT, 17, sites='attn.q', progress=False)
-    with pytest.raises(ValueError, match='no tokenizer'): extract_circuit(mqar, [1, 2], 'x', progress=False)
-    assert mqar.name in repr(extract_circuit(mqar, [1, 9, 1], 9, progress=False))
+    with pytest.raises(SiteError, match='nearest'): sweep_sites(model, PROMPT, 17, sites='attn.q', progress=False)
+    with pytest.raises(ValueError, match='no tokenizer'): sweep_sites(mqar, [1, 2], 'x', progress=False)
+    assert mqar.name in repr(sweep_sites(mqar, [1, 9, 1], 9, progress=False))
 
 
 def test_no_hook_stays_after_an_exception(model):
     def broken(out): raise RuntimeError('a metric that fails')
-    with pytest.raises(RuntimeError): extract_circuit(model, PROMPT, metric=broken, progress=False)
+    with pytest.raises(RuntimeError): sweep_sites(model, PROMPT, metric=broken, progress=False)
     wrong, some = {f'blocks.{i}.ssm.y': torch.zeros(1) for i in range(2)}, cells(model, 'ssm.y', heads=[0])
     with pytest.raises(IndexError): ablated(model, some, torch.tensor([PROMPT]), means=wrong)
     assert bare(model)
-    extract_circuit(model, PROMPT, 17, sites='mixer_out', progress=False)
+    sweep_sites(model, PROMPT, 17, sites='mixer_out', progress=False)
 
 
 # -- the result --------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def found():
     mock = load_model('mock://mamba2-tiny')
-    return extract_circuit(mock, ['A cat', 'The "dog"\n & <b>'], ['sat', 'ran'], progress=False)
+    return sweep_sites(mock, ['A cat', 'The "dog"\n & <b>'], ['sat', 'ran'], progress=False)
 
 
 def test_json_round_trip_and_schema(found, tmp_path):
     path = found.to_json(tmp_path/'c.json')
-    back, body = Circuit.from_json(path), json.loads(path.read_text())
+    back, body = Sweep.from_json(path), json.loads(path.read_text())
     assert torch.equal(back.effects, found.effects) and torch.equal(back.norms, found.norms)
     assert repr(back) == repr(found)
     for k in ('model', 'prompts', 'tokens', 'wrong', 'layers', 'sites', 'clean', 'note', 'hook_point'):
         assert getattr(back, k) == getattr(found, k)
-    assert body['format'] == 'circuitbench.circuit' and body['version'] == 1
+    assert body['format'] == 'circuitbench.sweep' and body['version'] == 1
     assert len(body['effects']) == len(body['layers'])
     assert [p.name for p in tmp_path.iterdir()] == ['c.json']
 
@@ -380,8 +380,8 @@ def test_json_round_trip_and_schema(found, tmp_path):
 def test_json_keeps_what_is_not_a_number_and_refuses_other_files(found, tmp_path):
     effects, norms = torch.tensor([[1., math.nan]]), torch.tensor([[.1, math.nan]])
     sites = 'ssm.y', 'mlp_out'
-    holes = Circuit('m', ('p',), (('t',),), ((),), 'f', 'zero', (0,), sites, effects, norms, math.nan)
-    back = Circuit.from_json(holes.to_json(tmp_path/'h.json'))
+    holes = Sweep('m', ('p',), (('t',),), ((),), 'f', 'zero', (0,), sites, effects, norms, math.nan)
+    back = Sweep.from_json(holes.to_json(tmp_path/'h.json'))
     assert torch.equal(back.effects.isnan(), holes.effects.isnan()) and math.isnan(back.clean)
     assert 'NaN' not in (tmp_path/'h.json').read_text()
     whole = json.loads(found.to_json(tmp_path/'w.json').read_text())
@@ -389,9 +389,9 @@ def test_json_keeps_what_is_not_a_number_and_refuses_other_files(found, tmp_path
     damaged = [[], {'format': 'x'}, less, whole | {'effects': [[1.]]}, whole | {'version': 2}]
     for text in ('', *map(json.dumps, damaged)):
         (tmp_path/'d.json').write_text(text)
-        with pytest.raises(ValueError, match='expected a file that Circuit.to_json wrote'):
-            Circuit.from_json(tmp_path/'d.json')
-    with pytest.raises(ValueError, match='cannot be read'): Circuit.from_json(tmp_path/'nothing')
+        with pytest.raises(ValueError, match='expected a file that Sweep.to_json wrote'):
+            Sweep.from_json(tmp_path/'d.json')
+    with pytest.raises(ValueError, match='cannot be read'): Sweep.from_json(tmp_path/'nothing')
 
 
 def test_a_file_is_written_whole_or_not_at_all(found, tmp_path, monkeypatch):
@@ -411,14 +411,14 @@ def test_ranks(found):
     y = found.effects[:, found.sites.index('ssm.y')]
     assert abs(found.top_layers(1, site='ssm.y')[0][1]) == float(y.abs().max())
     for bad in (lambda: found.top(by='size'), lambda: found.top_layers(site='ssm.z'),
-                lambda: circuit_view(found, 'size'), lambda: circuit_view(found, site='x')):
+                lambda: sweep_view(found, 'size'), lambda: sweep_view(found, site='x')):
         with pytest.raises(ValueError, match='expected one of'): bad()
 
 
 def test_view_figure_and_page(found, tmp_path):
-    html = circuit_view(found)
+    html = sweep_view(found)
     assert STRONGEST in html and 'ssm.state' in html and '<b> &' not in html and 'Values as a table' in html
-    assert html != circuit_view(found, 'norm') != circuit_view(found, 'norm', 'ssm.y') and html == circuit_view(found)
+    assert html != sweep_view(found, 'norm') != sweep_view(found, 'norm', 'ssm.y') and html == sweep_view(found)
     found.plot().savefig(tmp_path/'c.png')
     found.plot('norm').savefig(tmp_path/'c.svg')
     page = found.to_html(tmp_path/'c.html').read_text()
@@ -428,8 +428,8 @@ def test_view_figure_and_page(found, tmp_path):
 
 def test_inspector_controls(found):
     look = found.inspect(value='norm', cells=3)
-    assert isinstance(look, CircuitInspector) and look.values == {'value': 'norm', 'site': STRONGEST, 'cells': 3}
-    assert look.html == circuit_view(found, 'norm', cells=3) != look.set(site='ssm.B').html
+    assert isinstance(look, SweepInspector) and look.values == {'value': 'norm', 'site': STRONGEST, 'cells': 3}
+    assert look.html == sweep_view(found, 'norm', cells=3) != look.set(site='ssm.B').html
     with pytest.raises(ValueError, match='expected one of'): look.set(site='ssm.z')
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from browser import CONTRAST, MIDDLE, chromium, jupyter_lab, notebook_page, watched_page
 
-from circuitbench.circuit import extract_circuit
 from circuitbench.draw import esc
 from circuitbench.load import load_model
 from circuitbench.steer import steer
+from circuitbench.sweep import sweep_sites
 
 STRENGTHS = [-4, 0, 2, 4]
 
@@ -20,12 +20,12 @@ def browser():
 
 @pytest.fixture(scope='module')
 def pages(tmp_path_factory):
-    "A circuit and a push as pages, and the results they show."
+    "A sweep and a push as pages, and the results they show."
     folder, model = tmp_path_factory.mktemp('pages'), load_model('mock://mamba2-tiny')
-    circuit = extract_circuit(model, 'Paris is the capital of', 'France', progress=False)
+    circuit = sweep_sites(model, 'Paris is the capital of', 'France', progress=False)
     v = torch.randn(64, generator=torch.Generator().manual_seed(0))
     push = steer(model, 'Hello', vector=v, strength=2., layer=1, max_new_tokens=12)
-    written = circuit.to_html(folder/'circuit.html'), push.to_html(folder/'steer.html', STRENGTHS)
+    written = circuit.to_html(folder/'sweep.html'), push.to_html(folder/'steer.html', STRENGTHS)
     return circuit, written[0].as_uri(), push, written[1].as_uri()
 
 
@@ -41,7 +41,7 @@ def test_pages_read_in_both_themes_and_widths(browser, pages, which, scheme, wid
         assert seen.errors == [] and seen.requests == [pages[which]]
 
 
-def test_a_circuit_reads_out_its_values(browser, pages):
+def test_a_sweep_reads_out_its_values(browser, pages):
     circuit, url = pages[:2]
     with watched_page(browser) as (page, seen):
         page.goto(url)
@@ -82,10 +82,10 @@ def test_a_push_slides_without_a_kernel(browser, pages):
 
 CODE = """import torch
 from circuitbench.load import load_model
-from circuitbench.circuit import extract_circuit
+from circuitbench.sweep import sweep_sites
 from circuitbench.steer import steer
 model = load_model('mock://mamba2-tiny')
-circuit = extract_circuit(model, 'Paris is', 'a', progress=False)
+circuit = sweep_sites(model, 'Paris is', 'a', progress=False)
 push = steer(model, 'Hello', vector=torch.ones(64), strength=2., layer=1, max_new_tokens=4)"""
 
 
