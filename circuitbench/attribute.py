@@ -6,11 +6,11 @@
 __all__ = ['ABLATIONS', 'METHODS', 'means', 'instead', 'check_ablation', 'Scores', 'attribute']
 
 # %% ../nbs/63_attribute.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .edit import patch
@@ -18,6 +18,7 @@ from .frozen import frozen_norms
 from .graph import Graph, Node, model_graph, shares
 from .hook import HookedModel
 from .pairs import Metric, Pairs, metric_of
+from .readers import Heard, Way, back, only_heads
 
 # %% ../nbs/63_attribute.ipynb #baseline
 ABLATIONS = 'patch', 'mean', 'zero'
@@ -29,7 +30,7 @@ def means(
     names: Sequence[str],  # full site names
 ) -> dict[str, Tensor]:
     "The mean of each site over all tokens of the clean prompts, (1, 1, ...)."
-    total, count = {}, 0
+    total, count, names = {}, 0, list(dict.fromkeys(names))
     for b in pairs.batches():
         cache = model.run_with_cache(b.clean, names)[1]
         here = torch.arange(b.clean.shape[1], device=b.at.device) <= b.at[:, None]
@@ -54,112 +55,6 @@ def check_ablation(ablation: str) -> None:
     "ValueError for an ablation that there is not."
     if ablation not in ABLATIONS: raise ValueError(f'got ablation={ablation!r}, expected one of {list(ABLATIONS)}')
 
-# %% ../nbs/63_attribute.ipynb #readers
-class _Heard:
-    "Tensors on the way of one recorded run, by site."
-    def __init__(self, cache): self.cache, self.paths = cache, cache._paths
-    def __getitem__(self, name: str) -> Tensor: return self.paths[name][-1][0]
-    def rows(self, name: str, g: Tensor) -> Tensor: return self.paths[name][-1][1](g)
-
-def _back(outs, grads, into: Tensor) -> Tensor:
-    "The gradient of `into` from those of some outputs; zeros where nothing leads there."
-    got = torch.autograd.grad(outs, into, grads, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(into) if got is None else got
-
-def _only(g: Tensor, heads) -> Tensor:
-    "A gradient with all heads but some at 0."
-    if heads is None: return g
-    out = torch.zeros_like(g)
-    out[:, :, list(heads)] = g[:, :, list(heads)]
-    return out
-
-class _Way:
-    "How gradients go from a block's ports to the stream before it."
-    def __init__(self, model: HookedModel, graph: Graph, block: int):
-        self.block, self.model = block, model
-        self.ports = [k for k in graph.readers if graph.nodes[k].block == block and graph.nodes[k].kind == 'port']
-        self.nodes = [graph.nodes[k] for k in self.ports]
-        self.pre = f'blocks.{block}.resid_pre'
-        self.span = 1 + max((n.lag or 0 for n in self.nodes), default=0)
-        point = model.points[block].get('ssm.in_proj')
-        linear = model.blocks[block].get_submodule(point.module) if point and point.module else None
-        self.linear = linear if isinstance(linear, nn.Linear) else None
-        self.fused, self.mixer_in, self.columns = f'blocks.{block}.ssm.in_proj', f'blocks.{block}.mixer_in', {}
-
-    @property
-    def sites(self) -> list[str]:
-        "What has to be heard."
-        if not self.ports: return []
-        return [self.pre, *dict.fromkeys(n.site for n in self.nodes), *([self.fused, self.mixer_in]*bool(self.linear))]
-
-    def learn(self, heard: _Heard):
-        "The columns of the matrix that each port comes from, on a short run; none where the matrix is not alone."
-        self.columns = {}
-        if self.linear is None: return
-        used, wide = set(), heard[self.fused]
-        g = torch.randn(wide.shape, generator=torch.Generator().manual_seed(0)).to(wide)
-        got, want = _back([wide], [g], heard[self.mixer_in]), g.reshape(*g.shape[:2], -1) @ self.linear.weight.to(g)
-        self.scale = float((got*want).sum()/want.square().sum())
-        alone = (got - self.scale*want).norm() <= 1e-4*got.norm()
-        for site, heads in dict.fromkeys((n.site, n.heads) for n in self.nodes if n.branch == 'ssm'):
-            back = _back([heard[site]], [_only(torch.rand_like(heard[site]) + .5, heads)], wide)
-            own = (back.flatten(0, 1).abs().amax(0) > 0).nonzero()[:, 0].tolist()
-            alone = alone and used.isdisjoint(own) and len(own) > 0
-            used |= {*own}
-            joined = own and own[-1] - own[0] == len(own) - 1               # a slice is read in place
-            self.columns[site, heads] = slice(own[0], own[-1] + 1) if joined else own
-        if not alone: self.columns, self.linear = {}, None
-
-    def gradients(
-        self,
-        heard: _Heard,
-        grads: dict[str, Tensor],  # of the metric, by site of a port
-        which: Callable[[Node], Sequence[int] | None] = lambda n: n.heads,  # heads whose part is drawn back
-    ) -> Tensor:
-        "Of each port in the stream: (port, batch, pos, d_model)."
-        found = self._through_matrix(heard, grads, which) if self.columns else {}
-        keys = dict.fromkeys((n.site, n.heads) for n in self.nodes if (n.site, n.heads) not in self.columns)
-        for site, heads in keys:
-            chosen = which(next(n for n in self.nodes if (n.site, n.heads) == (site, heads)))
-            g = _only(grads[site], chosen)
-            parts = [_back([heard[site]], [part], heard[self.pre]) for part in self._by_residue(g)]
-            found |= {(site, heads, lag): v for lag, v in enumerate(self._by_lag(parts))}
-        rows = [heard.rows(self.pre, found[n.site, n.heads, n.lag or 0]) for n in self.nodes]
-        return torch.stack(rows)
-
-    def _by_residue(self, g: Tensor) -> list[Tensor]:
-        "A gradient at every span-th position alone, from each start."
-        if self.span == 1: return [g]
-        out = [torch.zeros_like(g) for _ in range(self.span)]
-        for r, v in enumerate(out): v[:, r::self.span] = g[:, r::self.span]
-        return out
-
-    def _by_lag(self, parts: list[Tensor]) -> list[Tensor]:
-        "What comes of it, by how far back it came: the one at t from start r has come (r - t) back, modulo the span."
-        if self.span == 1: return parts
-        out = [torch.zeros_like(parts[0]) for _ in range(self.span)]
-        for lag, v in enumerate(out):
-            for t in range(self.span): v[:, t::self.span] = parts[(t + lag) % self.span][:, t::self.span]
-        return out
-
-    def _through_matrix(self, heard, grads, which) -> dict:
-        "For ports that come out of one matrix: by (site, heads, lag)."
-        sites, kept = list(dict.fromkeys(site for site, _ in self.columns)), {}
-        for n in self.nodes:
-            if n.site in sites: kept.setdefault(n.site, set()).update(which(n) or range(grads[n.site].shape[2]))
-        whole = {s: len(kept[s]) == grads[s].shape[2] for s in sites}
-        split = {s: self._by_residue(grads[s] if whole[s] else _only(grads[s], sorted(kept[s]))) for s in sites}
-        outs = [heard[s] for s in sites]
-        wide = self._by_lag([_back(outs, [split[s][r] for s in sites], heard[self.fused]) for r in range(self.span)])
-        asked = [(n.site, n.heads, n.lag or 0) for n in self.nodes if (n.site, n.heads) in self.columns]
-        x, pre, W = heard[self.mixer_in], heard[self.pre], (self.linear.weight*self.scale).to(wide[0])
-        rows = x.new_empty(len(asked), *x.shape)
-        for row, (site, heads, lag) in zip(rows, asked):
-            own = self.columns[site, heads]
-            torch.matmul(wide[lag][..., own], W[own], out=row)
-        got = torch.autograd.grad(x, pre, rows, retain_graph=True, is_grads_batched=True)[0]
-        return dict(zip(asked, got))
-
 # %% ../nbs/63_attribute.ipynb #scores
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -180,7 +75,7 @@ class Scores:
 
     def top_edges(self, n: int = 10) -> list[tuple[str, float]]:
         "The n edges of largest magnitude, with their scores."
-        total = self.edges.sum(1) if self.edges.dim() == 2 else self.edges
+        total = (self.edges.sum(1) if self.edges.dim() == 2 else self.edges).nan_to_num()
         return [(self.graph.names[i], float(total[i])) for i in total.abs().topk(min(n, len(total))).indices.tolist()]
 
     def top_nodes(self, n: int = 10) -> list[tuple[str, float]]:
@@ -229,11 +124,13 @@ def attribute(
     with tqdm(total=len(pairs), desc=f'{method} of {len(graph):,} edges', unit='pair', disable=not progress) as bar:
         try:
             for b in (pairs[i:i + size] for i in range(0, len(pairs), size)):
+                kept = run.edges.clone(), run.nodes.clone(), run.clean, run.corrupt
                 run.add(b, alphas)
                 done += len(b)
                 bar.update(len(b))
         except KeyboardInterrupt:
             if not done: raise
+            if done < len(pairs): run.edges, run.nodes, run.clean, run.corrupt = kept
     name = f'{method}{f" ({steps} steps)"*(method == "eap-ig")}{", norms frozen"*frozen}'
     note = '' if done == len(pairs) else f'interrupted after {done} of {len(pairs)} pairs'
     return Scores(graph, run.edges/done, run.nodes/done, name, run.clean/done, run.corrupt/done, done, note)
@@ -258,18 +155,19 @@ class _Attribution:
     def __init__(self, model, graph, metric, frozen, ablation, by_position):
         self.model, self.graph, self.metric, self.frozen, self.ablation = model, graph, metric, frozen, ablation
         self.by_position, self.mean, self.clean, self.corrupt = by_position, None, 0., 0.
-        self.ways = [_Way(model, graph, i) for i in range(model.n_layers)]
+        self.ways = [Way(model, graph, i) for i in range(model.n_layers)]
         nodes = graph.nodes
         self.written = list(dict.fromkeys(n.site for n in nodes if n.kind != 'logits'))
         stream = [f'blocks.{n.block}.resid_{"mid" if n.reads % 2 else "pre"}' for n in nodes if n.kind == 'whole']
         self.read = list(dict.fromkeys([*self.written, *(s for w in self.ways for s in w.sites), *stream,
                                         nodes[-1].site]))
-        if graph.lags or any(n.branch == 'block' for n in nodes):
-            self.written += [n for n in (f'blocks.{i}.resid_pre' for i in range(model.n_layers)) if n in self.read]
+        if graph.lags or graph.beside or any(n.branch == 'block' for n in nodes):
+            pre = [f'blocks.{i}.resid_pre' for i in range(model.n_layers)]
+            self.written = list(dict.fromkeys([*self.written, *(n for n in pre if n in self.read)]))
         self.first = torch.searchsorted(graph.edges[:, 1].contiguous(), torch.arange(len(nodes) + 1)).tolist()
         few = torch.randint(model.sizes['d_vocab'], (1, 8), generator=torch.Generator().manual_seed(0))
         sites = list(dict.fromkeys(s for w in self.ways for s in w.sites))
-        heard = _Heard(model.run_with_cache(few, sites, grad=True)[1])
+        heard = Heard(model.run_with_cache(few, sites, grad=True)[1])
         for w in self.ways: w.learn(heard)
         self.edges, self.nodes = torch.zeros(len(graph)), torch.full((len(nodes),), torch.nan)
         self.nodes[[k for k, n in enumerate(nodes) if n.kind != 'logits']] = 0
@@ -290,7 +188,7 @@ class _Attribution:
                 clean = {n: cache[n].detach() for n in self.written}
                 moved = {n: v - other[n] for n, v in clean.items()}
                 self.clean += float(value.detach().sum())
-            self._step(b, _Heard(cache), value.sum(), moved, 1/len(alphas))
+            self._step(b, Heard(cache), value.sum(), moved, 1/len(alphas))
 
     def _other(self, b: Pairs) -> tuple[dict[str, Tensor], Tensor]:
         "What stands in for each value, and the logits where it all does."
@@ -301,7 +199,7 @@ class _Attribution:
         first = self.graph.nodes[0].site
         return other, self.model.run(b.clean, edit=patch(first, other[first].expand(*b.clean.shape, -1))).logits
 
-    def _step(self, b, heard: _Heard, value: Tensor, moved: dict[str, Tensor], share: float):
+    def _step(self, b, heard: Heard, value: Tensor, moved: dict[str, Tensor], share: float):
         nodes, names = self.graph.nodes, [n for n in self.read if n in heard.paths]
         if not value.requires_grad:
             raise ValueError('got a metric that does not depend on the logits, expected one that does')
@@ -313,13 +211,18 @@ class _Attribution:
         for k, n in enumerate(nodes):
             if n.kind == 'logits': self._stream([k], rows[n.site][None], moved, added, share)
             if n.kind == 'whole': self._stream([k], self._whole(n, heard, grads)[None], moved, added, share)
-            if n.kind in ('head', 'whole', 'embed') or n.kind == 'port' and not self.graph.lags:
+            if n.kind in ('head', 'whole', 'embed') or n.kind == 'port' and not self._by_edges(n):
                 self.nodes[k] += share*float(self.moved.of(n).sum())
         for way in self.ways:
             if not way.ports: continue
             into = self._stream(way.ports, way.gradients(heard, grads), moved, added, share)
-            if self.graph.lags: self.nodes[way.ports] += share*into
+            for p, v in zip(way.ports, into):
+                if self._by_edges(nodes[p]): self.nodes[p] += share*float(v.sum())
             self._inner(way, heard, grads, moved, into, share)
+
+    def _by_edges(self, n: Node) -> bool:
+        "Is a port's score the sum of what enters? That of a lag, and of what heads hear beside their ports."
+        return self.graph.lags or n.port == 'rest'
 
     def _finite(self, rows: dict[str, Tensor]):
         for n, g in rows.items():
@@ -337,7 +240,7 @@ class _Attribution:
     def _whole(self, n: Node, heard, grads) -> Tensor:
         "The gradient in the stream of a node that reads and writes."
         pre = f'blocks.{n.block}.resid_{"mid" if n.reads % 2 else "pre"}'
-        g = _back([heard[n.site]], [grads[n.site]], heard[pre])
+        g = back([heard[n.site]], [grads[n.site]], heard[pre])
         return heard.rows(pre, g - grads[n.site] if n.branch == 'block' else g)
 
     def _stream(self, readers: list[int], G: Tensor, moved, added, share: float) -> Tensor:
@@ -359,7 +262,7 @@ class _Attribution:
         S = torch.cat(parts)                                               # writer, reader
         if self.by_position and self.edges.dim() == 1: self.edges = torch.zeros(len(self.edges), S.shape[2])
         for j, r in enumerate(readers): self.edges[self.first[r]:self.first[r + 1]] += (share*S[:, j]).cpu()
-        return (S.sum((0, 2)) if self.by_position else S.sum(0)).cpu()
+        return S.sum(0).cpu()
 
     def _added(self, n: Node, many: int, moved) -> Tensor:
         "What the writers of a site add to the stream, as changes: (writer, batch, pos, d_model)."
@@ -368,7 +271,7 @@ class _Attribution:
         if n.kind != 'head' or n.heads is None: return v[None]
         return shares(self.model, n, v, many)
 
-    def _inner(self, way: _Way, heard, grads, moved, into: Tensor, share: float):
+    def _inner(self, way: Way, heard, grads, moved, into: Tensor, share: float):
         "Edges from ports to their heads."
         g, nodes = self.graph, self.graph.nodes
         heads = [k for k, n in enumerate(nodes) if n.kind == 'head' and n.block == way.block]
@@ -385,21 +288,34 @@ class _Attribution:
         "What a port's change does through one head."
         port, head = self.graph.nodes[p], self.graph.nodes[k]
         sole = port.heads is None or head.heads is None or self._served(port) == 1
+        if port.port == 'rest': return self._of_head(way, p, k, heard, grads, moved)
         if port.lag is not None:
-            if sole: return float(into[way.ports.index(p)])
-            key = (way.block, head.heads, id(heard))
-            if self.cached[0] != key:
-                shared = lambda n: n.branch == 'ssm' and len(n.heads) > 1
-                G = way.gradients(heard, grads, lambda n: head.heads if shared(n) else n.heads)
-                self.cached = key, (G*moved[way.pre]).flatten(1).sum(1)
-            return float(self.cached[1][way.ports.index(p)])
+            if sole: return into[way.ports.index(p)]
+            return self._of_head(way, p, k, heard, grads, moved)
         if port.branch == 'attn' and not sole:
-            z = _only(grads[head.site], head.heads)
-            g = heard.rows(port.site, _back([heard[head.site]], [z], heard[port.site]))
+            z = only_heads(grads[head.site], head.heads)
+            g = heard.rows(port.site, back([heard[head.site]], [z], heard[port.site]))
             return (moved[port.site]*g)[:, :, list(port.heads)].sum((0, 2, 3))
         return self.moved.of(port, port.heads if port.branch == 'attn' or sole else head.heads)
 
     cached = None, None
+
+    def _of_head(self, way, p: int, k: int, heard, grads, moved) -> Tensor:
+        "What enters a port and goes through one head alone."
+        head, key = self.graph.nodes[k], (way.block, k, id(heard))
+        if self.cached[0] != key:
+            z, mine = grads[head.site], head.heads
+            if mine is not None:
+                many = self.heads_of(head)
+                z = only_heads(z.flatten(2).unflatten(2, (many, -1)), mine).view(z.shape)
+            grads = grads | {head.site: z}
+            if head.branch == 'attn':
+                sites = {n.site for n in way.nodes if n.branch == 'attn' and n.port != 'rest'}
+                grads = grads | {s: back([heard[head.site]], [z], heard[s]) for s in sites}
+            own = lambda n: mine if n.branch == 'ssm' or n.port == 'rest' else n.heads
+            v = way.gradients(heard, grads, own)*moved[way.pre]
+            self.cached = key, v.sum((1, 3)) if self.by_position else v.flatten(1).sum(1)
+        return self.cached[1][way.ports.index(p)]
 
     def _served(self, port: Node) -> int:
         "How many heads a port has."

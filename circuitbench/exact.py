@@ -6,7 +6,8 @@
 __all__ = ['exact']
 
 # %% ../nbs/65_exact.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def exact(
     graph: Graph | None = None,  # of the model; None: without lags
     metric: str | Metric = 'logit_diff',
     edges: Sequence[int] | bool = True,  # numbers of edges, all, or none
-    nodes: bool = True,  # score the nodes too?
+    nodes: Iterable[str] | bool = True,  # names of nodes, all, or none
     ablation: str = 'patch',  # or 'mean', 'zero'
     tokens: int = 4096,  # in a batch
     progress: bool = True,
@@ -43,14 +44,15 @@ def exact(
     measure, names = metric_of(metric, model, pairs), exchanged(graph)
     mean = means(model, pairs, names) if ablation == 'mean' else None
     wanted = list(range(len(graph))) if edges is True else [] if edges is False else list(edges)
+    chosen = range(len(graph.nodes)) if nodes is True else [] if nodes is False else [graph.index[n] for n in nodes]
     found, by_node = torch.full((len(graph),), torch.nan), torch.full((len(graph.nodes),), torch.nan)
     batches = [(b, other := instead(model, b, names, ablation, mean), start_of(model, b, graph, other))
                for b in pairs.batches(tokens//2)]
     clean, corrupt = (float(v.mean()) for v in ends(model, pairs, measure))
     base = sum(float(measure(b.last(model.run(b.clean).logits), b).sum()) for b, _, _ in batches)
-    with tqdm(total=len(wanted) + nodes*len(graph.nodes), desc='exchanging', unit='run', disable=not progress) as bar:
+    with tqdm(total=len(wanted) + len(chosen), desc='exchanging', unit='run', disable=not progress) as bar:
         try:
-            if nodes: _nodes(model, graph, batches, measure, base, by_node, tokens, bar)
+            _nodes(model, graph, {*chosen}, batches, measure, base, by_node, tokens, bar)
             for e in wanted:
                 keep = torch.ones(len(graph), dtype=torch.bool)
                 keep[e] = False
@@ -61,10 +63,11 @@ def exact(
         else: note = ''
     return Scores(graph, found, by_node, f'exact ({ablation})', clean, corrupt, len(pairs), note)
 
-def _nodes(model, graph: Graph, batches, measure: Callable, base: float, out: Tensor, tokens: int, bar):
+def _nodes(model, graph: Graph, chosen: set, batches, measure, base: float, out: Tensor, tokens: int, bar):
     "Fills the scores of the nodes, block by block."
     for block in range(-1, model.n_layers):
-        some = [k for k, n in enumerate(graph.nodes) if n.block == block and n.kind != 'logits' and n.lag is None]
+        some = [k for k, n in enumerate(graph.nodes)
+                if k in chosen and n.block == block and n.kind != 'logits' and not _by_edges(n)]
         total = dict.fromkeys(some, 0.)
         for b, other, start in batches:
             size = max(1, tokens//b.clean.numel())
@@ -73,11 +76,13 @@ def _nodes(model, graph: Graph, batches, measure: Callable, base: float, out: Te
                 for k, logits in zip(part, values): total[k] += float(measure(logits, b).sum())
                 bar.update(len(part))
         for k, v in total.items(): out[k] = (base - v)/sum(len(b) for b, _, _ in batches)
-    for k, n in enumerate(graph.nodes):                                    # a lag: all that it reads
-        if n.lag is None: continue
+    for k, n in enumerate(graph.nodes):                                    # all that enters it
+        if not _by_edges(n) or k not in chosen: continue
         lost = _total(model, Plan(graph, graph.edges[:, 1] != k), batches, measure)
         out[k] = (base - lost)/sum(len(b) for b, _, _ in batches)
         bar.update()
+
+def _by_edges(n) -> bool: return n.lag is not None or n.port == 'rest'
 
 def _total(model, plan: Plan, batches, measure: Callable) -> float:
     "The sum of the metric over all pairs."
@@ -85,20 +90,24 @@ def _total(model, plan: Plan, batches, measure: Callable) -> float:
 
 def _exchanged(model, graph: Graph, b: Pairs, other, start: Start, nodes: list[int], block: int) -> list[Tensor]:
     "Logits at the answers with each of some nodes of a block exchanged, in one run."
-    def _edit(k: int, n):
-        rows = slice(k*len(b), (k + 1)*len(b))
+    def _edit(site: str):
+        mine = [(k, graph.nodes[i]) for k, i in enumerate(nodes) if graph.nodes[i].site == site]
         def _put(x, where):
-            new, value = x.clone(), other[n.site].expand_as(x[rows]).to(x)
-            if n.branch == 'block': value = value - other[f'blocks.{n.block}.resid_pre'] + pre.to(x)
-            if n.heads is None: new[rows] = value
-            else:
-                many = model.sizes['q_head' if n.branch == 'attn' else 'head'] if n.kind == 'head' else x.shape[2]
-                cut = lambda v: v.flatten(2).unflatten(2, (many, -1))
-                for h in n.heads: cut(new)[rows, :, h] = cut(value)[:, :, h]
+            new, value = x.clone(), other[site].expand_as(x[:len(b)]).to(x)
+            if mine[0][1].branch == 'block': value = value - other[f'blocks.{block}.resid_pre'] + pre.to(x)
+            for k, n in mine:
+                rows, cut = slice(k*len(b), (k + 1)*len(b)), lambda v: v
+                many = model.sizes.get('q_head' if n.branch == 'attn' else 'head')
+                if n.kind == 'head': cut = partial(_by_head, many=many)
+                if n.heads is None: new[rows] = value
+                else:
+                    for h in n.heads: cut(new)[rows, :, h] = cut(value)[:, :, h]
             return new
-        return Edit(n.site, _put, label='exchange')
+        return Edit(site, _put, label='exchange')
     pre = start.hidden[block][:, model.meta:]
-    edits = [_edit(k, graph.nodes[i]) for k, i in enumerate(nodes)]
+    edits = [_edit(site) for site in dict.fromkeys(graph.nodes[i].site for i in nodes)]
     with above(model, block, start.hidden[block].repeat(len(nodes), 1, 1), start.returned):
         out = model.run(b.clean.repeat(len(nodes), 1), edit=edits).logits
     return [b.last(rows) for rows in out.split(len(b))]
+
+def _by_head(v: Tensor, many: int) -> Tensor: return v.flatten(2).unflatten(2, (many, -1))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .direct import way_out
+from .edit import patch
 from .hook import HookedModel
 
 # %% ../nbs/60_graph.ipynb #node
@@ -41,8 +42,9 @@ class Node:
 
     @property
     def port(self) -> str:
-        "What a port is a port for, such as `B`; '' for other nodes."
-        return self.site.rpartition('.')[2] if self.kind == 'port' else ''
+        "What a port is a port for, such as `B`, or `rest`; '' for other nodes."
+        if self.kind != 'port': return ''
+        return 'rest' if self.name.endswith('.rest') else self.site.rpartition('.')[2]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -55,6 +57,8 @@ class Graph:
     "Are ports taken apart by lag?"
     note: str = ''
     "What had to be taken together."
+    beside: tuple[str, ...] = ()
+    "Branches, such as `0.ssm`, whose heads hear more of the stream than their named ports: they have a port `rest`."
 
     def __len__(self) -> int: return len(self.edges)
 
@@ -107,6 +111,7 @@ _ATTENTION = 'attn.q', 'attn.k', 'attn.v'
 _STREAM = 'resid_pre', 'resid_mid', 'resid_post', 'mixer_out', 'mlp_out', 'ssm.out', 'attn.out'
 _INTO = {'ssm': 'ssm.out_proj_in', 'attn': 'attn.z'}
 
+@torch.enable_grad()
 def model_graph(
     model: HookedModel,
     lags: bool = False,  # ports apart by how many tokens back they look
@@ -119,12 +124,25 @@ def model_graph(
                                           if s in sites], grad=True)
     nodes = [Node('embed', 'embed', -1, '', 'blocks.0.resid_pre', writes=0)]
     for i, sites in enumerate(have): nodes += _Block(model, i, sites, cache, lags).nodes()
+    beside = _beside(model, nodes, ids)
+    for n in [n for n in nodes if n.kind == 'head' and f'{n.block}.{n.branch}' in beside and n.heads in (None, (0,))]:
+        rest = Node(f'{n.block}.{n.branch}.rest', 'port', n.block, n.branch, n.site, reads=2*n.block)
+        nodes.insert(nodes.index(n), rest)
     last = f'blocks.{model.n_layers - 1}.resid_post'
     nodes.append(Node('logits', 'logits', model.n_layers, '', last, reads=2*model.n_layers))
     edges = [(j, k) for k, b in enumerate(nodes) for j, a in enumerate(nodes[:k]) if _leads(model, a, b)]
     one = [n.name for n in nodes if n.kind == 'whole' and n.branch != 'mlp']
     note = f'taken as one: {", ".join(one[:4])}{" ..."*(len(one) > 4)}' if one else ''
-    return Graph(model.name, tuple(nodes), torch.tensor(edges), lags, note)
+    return Graph(model.name, tuple(nodes), torch.tensor(edges), lags, note, beside)
+
+@torch.no_grad()
+def _beside(model, nodes: list[Node], ids: Tensor) -> tuple[str, ...]:
+    "Branches whose heads change with the stream although all their ports are held."
+    ports, sites = ({n.site for n in nodes if n.kind == kind} for kind in ('port', 'head'))
+    held = model.run_with_cache(ids, [*ports, *sites])[1]
+    got = model.run_with_cache(ids.flip(1), [*sites], edit=[patch(s, held[s]) for s in ports])[1] if ports else {}
+    names = [f'{s.split(".")[1]}.{s.split(".")[2]}' for s, v in got.items() if not _alike(v, held[s])]
+    return tuple(names)
 
 def _leads(model, a: Node, b: Node) -> bool:
     "Does a writer come before a reader, or is a port one of a head's?"
@@ -213,7 +231,7 @@ class _Block:
 def _alike(a: Tensor, b: Tensor) -> bool:
     "Is one what the other is, up to rounding?"
     if not isinstance(a, Tensor): return False
-    rough = torch.finfo(a.dtype).eps*200
+    rough = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)*200
     return bool((a - b).norm() <= rough*max(1., float(b.norm())))
 
 # %% ../nbs/60_graph.ipynb #parts

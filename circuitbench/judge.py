@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 # %% ../nbs/65_judge.ipynb #roc
 def _scored(scores, labels) -> tuple[np.ndarray, np.ndarray]:
     "Scores with their labels as arrays, unlabelled ones left out; NaN ranks last."
-    s = np.asarray(torch.as_tensor(scores).detach().cpu(), float).ravel()
+    s = np.asarray(scores.detach().cpu().double() if isinstance(scores, Tensor) else scores, float).ravel()
     known = [v is not None and v == v for v in (labels.tolist() if hasattr(labels, 'tolist') else labels)]
     if len(known) != len(s): raise ValueError(f'got {len(s)} scores of {len(known)} labels, expected as many')
     y = np.array([bool(v) for v, k in zip(labels, known) if k])

@@ -132,11 +132,17 @@ def no_bar():
     finally:
         if shown: logging.enable_progress_bar()
 
+def _known(name: str, device) -> HookedModel:
+    "A model whose circuit is known: made by a module that stands on this one, so it is looked up when it is asked for."
+    model = import_module('circuitbench.truth').truth(name, labelled=False).model
+    model.hf.to('cpu' if device in (None, 'auto') else device)
+    return model
+
 _CHOICES = ('tiny://NAME, mock://FAMILY-tiny, a local folder, a .pth of RWKV-7 or a Hugging Face id; '
             '`circuitbench models` lists them')
 
 def load_model(
-    name: str,  # tiny://NAME, mock://FAMILY-tiny, a folder, a .pth, or a Hugging Face id
+    name: str,  # tiny://NAME, mock://FAMILY-tiny, truth://NAME, a folder, a .pth, or a Hugging Face id
     hook_point: str | None = None,  # default site of train_sae, extract_circuit and steer; None: the family's
     device: str | torch.device | None = None,  # None or 'auto': a GPU if there is one
     dtype: torch.dtype | str | None = None,  # of the weights, or 'auto' as they are stored; None: float32
@@ -153,6 +159,7 @@ def load_model(
     if device is not None and device_map is not None:
         raise ValueError(f'got device={device!r} and device_map={device_map!r}, expected one of them')
     scheme, _, rest = name.partition('://')
+    if scheme == 'truth': return _known(rest, device)
     options = dict(dtype=torch.float32 if dtype is None else dtype, device_map=device_map)
     if not rest: hf, tok = _saved(name, name, revision, **options)
     elif scheme == 'mock': hf, tok = _mock(rest)

@@ -39,7 +39,7 @@ class Plan:
         for a, b in (edges[e] for e in inner): self.served.setdefault(a, []).append(b)
         for e in inner:
             a, b = edges[e]
-            if self.soft and not self._shared(a): self.cut[a, b] = keep[e]
+            if self.soft and not self._shared(a) and nodes[a].port != 'rest': self.cut[a, b] = keep[e]
             elif not self.soft and lost[e]: self.cut[a, b] = 0.
         self.ports, self.keys, self.copies = {}, {}, 1
         self._ports()
@@ -63,11 +63,12 @@ class Plan:
         for (site, heads), readers in groups.items():
             wants, first, rows = tuple(self.of[r] for r in readers), readers[0], self.ports.setdefault(site, [])
             shared, served = self._shared(first), self.served[first]
-            apart = nodes[first].branch == 'ssm' and heads is not None       # a head sees its own row of the site
+            rest = nodes[first].port == 'rest'
+            apart = rest or nodes[first].branch == 'ssm' and heads is not None      # a head sees its own row of it
             for to in served if apart else served[:1]:
                 lost = [] if shared else [k for k, r in enumerate(readers) if (r, to) in self.cut]
                 share, own = 1., wants
-                if len(readers) == 1 and lost: share = self.cut[first, to]
+                if len(readers) == 1 and lost and not rest: share = self.cut[first, to]
                 elif lost and not self.soft:
                     gone = self._all(nodes[first].reads)
                     own = tuple(gone if k in lost else w for k, w in enumerate(wants))
@@ -100,7 +101,7 @@ class Plan:
                     self.keys[stage, lost], n = n, n + 1
             self.copies = max(self.copies, n)
         used = [s//2 for s, v in self.streams.items() if v] + [nodes[a].block for a, _ in self.cut]
-        self.first = min(used, default=nodes[-1].block)                    # the first block that differs from a clean run
+        self.first = min(used, default=nodes[-1].block)                    # the first block unlike a clean run
 
     def _stage(self, site: str) -> int: return 2*int(site.split('.')[1])
 
@@ -116,6 +117,7 @@ class _Run:
     def __init__(self, model: HookedModel, plan: Plan, other: dict[str, Tensor], batch: int):
         self.model, self.plan, self.other, self.b = model, plan, other, batch
         self.nodes, self.copies, self.added, self.entered = plan.graph.nodes, plan.copies, {}, {}
+        self.known = -2                                                    # what is written below it is noted already
 
     def rows(self, k: int) -> slice: return slice(k*self.b, (k + 1)*self.b)
 
@@ -155,9 +157,12 @@ class _Run:
         "Takes each port from the copy that has its stream, or from the counterfactual."
         plan, stage = self.plan, self.plan._stage(site)
         branch, port = site.split('.')[2:]
+        rest = any(n.site == site and n.port == 'rest' for n in self.nodes)
+        many = self.model.sizes.get('q_head' if branch == 'attn' else 'head')
         def _take(x, where):
+            shape, x = x.shape, x.flatten(2).unflatten(2, (many, -1)) if rest else x
             main = x[:self.b].clone()
-            other = self.other[site].expand_as(main).to(main)
+            other = self.other[site].view(len(self.other[site]), -1, *x.shape[2:]).expand_as(main).to(main)
             for heads, wants, share in plan.ports[site]:
                 cols = slice(None) if heads is None else list(heads)
                 if len({*wants}) > 1:
@@ -166,6 +171,7 @@ class _Run:
                 elif wants[0] is not None: main[:, :, cols] = x[self.rows(plan.at[stage][wants[0]])][:, :, cols]
                 if isinstance(share, Tensor) or share < 1:
                     main[:, :, cols] = other[:, :, cols] + share*(main[:, :, cols] - other[:, :, cols])
+            if rest: return torch.cat([main, x[self.b:]]).view(shape)
             new = [main]*self.copies
             for (at, lost), c in plan.keys.items():
                 if branch == 'attn' and at == stage and port in lost: new[c] = other
@@ -178,6 +184,7 @@ class _Run:
         mine = [w for w in plan.place if self.nodes[w].site == site]
         n = self.nodes[mine[0]]
         def _note(x, where):
+            if n.block < self.known: return x
             main = x[:self.b]
             if n.kind == 'whole' and (k := plan.of[mine[0]]) is not None:
                 c = self.rows(plan.at[n.reads][k])
@@ -279,6 +286,7 @@ def run_plan(
             stack.callback(block.register_forward_pre_hook(_same_beside(len(b), n), with_kwargs=True).remove)
         if start is not None:
             run.added |= {w: v for w, v in start.added.items() if nodes[w].block < plan.first}
+            run.known = plan.first if plan.first < model.n_layers else -2
             hidden = start.hidden[min(plan.first, model.n_layers - 1)]
             if plan.first < model.n_layers:
                 stack.enter_context(above(model, plan.first, hidden.repeat(n, 1, 1), start.returned))

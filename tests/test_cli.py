@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from circuitbench import cli
+from circuitbench.truth import TruthTable
 
 
 def test_models_lists_what_loads(capsys):
@@ -53,3 +54,12 @@ def test_the_entry_point_runs():
     code = 'from circuitbench.cli import main; main(["--help"])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.returncode == 0 and 'quickstart' in out.stdout
+
+
+def test_truth_prints_and_saves_its_table(tmp_path, capsys):
+    out = tmp_path/'table.json'
+    argv = ['truth', '--case', 'mqar-compiled', '--method', 'random', '--method', 'EAP-IG, norms frozen', '--pairs', '16', '--out', str(out)]
+    assert cli.main(argv) == 0
+    said, table = capsys.readouterr().out, TruthTable.load(out)
+    assert [r.method for r in table.rows] == ['random', 'EAP-IG, norms frozen'] and str(out) in said
+    assert table.rows[1].edge_auroc == 1 > table.rows[0].edge_auroc

@@ -1,0 +1,340 @@
+"""The picture of a circuit in a real browser: as a file without a kernel, and live in JupyterLab."""
+import json
+import random
+
+import pytest
+from browser import CONTRAST, chromium, jupyter_lab, notebook_page, set_theme, watched_page
+
+from circuitbench.board import CircuitInspector, board_data, board_view
+
+NOTE = '<p>Moves the <b>answer</b>.</p>'
+
+
+def circuit(blocks=3, heads=4, seed=0, kept=100, lags=False, ablation='patch', method='eap'):
+    "A hybrid of two branches and an MLP with random scores, large between nodes that matter."
+    pick, nodes, edges = random.Random(seed), [], []
+    def node(name, kind, block, branch='', port='', of=(), lag=None, reads=None, writes=None): nodes.append(dict(id=name, kind=kind, block=block, branch=branch, port=port, of=list(of), lag=lag, reads=reads, writes=writes))
+    node('embed', 'embed', -1, writes=0)
+    for i in range(blocks):
+        for h in range(heads):
+            for lag in (range(3) if lags else [None]): node(f'{i}.ssm.x[{h}]' + ('' if lag is None else f'@{lag}'), 'port', i, 'ssm', 'x', [h], lag, reads=2*i)
+            node(f'{i}.ssm.gate[{h}]', 'port', i, 'ssm', 'gate', [h], reads=2*i)
+        node(f'{i}.ssm.B[0]', 'port', i, 'ssm', 'B', range(heads), reads=2*i)
+        for h in range(heads): node(f'{i}.ssm[{h}]', 'head', i, 'ssm', of=[h], writes=2*i + 1)
+        for p in 'qkv': node(f'{i}.attn.{p}[0]', 'port', i, 'attn', p, [0], reads=2*i)
+        node(f'{i}.attn[0]', 'head', i, 'attn', of=[0], writes=2*i + 1)
+        node(f'{i}.mlp', 'whole', i, 'mlp', reads=2*i + 1, writes=2*i + 2)
+    node('logits', 'logits', blocks, reads=2*blocks)
+    worth = {}
+    weight = lambda n: worth.setdefault((n['block'], n['branch'], *n['of'][:1]), pick.lognormvariate(0, 1.3)*(3 if n['block'] < 0 or n['block'] == blocks else 1))
+    for k, b in enumerate(nodes):
+        for a in nodes[:k]:
+            stream = a['writes'] is not None and b['reads'] is not None and a['writes'] <= b['reads']
+            inside = a['kind'] == 'port' and b['kind'] == 'head' and (a['block'], a['branch']) == (b['block'], b['branch']) and b['of'][0] in a['of']
+            if stream or inside: edges.append(dict(source=a['id'], target=b['id'], score=weight(a)*weight(b)*pick.gauss(.5, 1)))
+    for n in nodes: n['score'] = sum(e['score'] for e in edges if n['id'] in (e['source'], e['target']))
+    on = set(pruned(edges, ranked(edges)[:kept])) if ablation == 'patch' else set(ranked(edges)[:kept])
+    for i, e in enumerate(edges): e['kept'] = i in on
+    said = dict(model='by hand', prompts=['Paris is the capital of'], counterfactuals=['Rome is the capital of'], answers=[' France'], wrong=[' Italy'],
+                metric='logit_diff', method=method, ablation=ablation, clean=3., corrupt=-2., curve=[[.05, .2], [.2, .7], [.6, .95], [1., 1.]])
+    return dict(format='circuitbench.circuit', version=2, directed=True, multigraph=False, graph=said, nodes=nodes, edges=edges)
+
+
+def ranked(edges): return sorted(range(len(edges)), key=lambda i: -abs(edges[i]['score']))
+
+
+def pruned(edges, some):
+    "Those of some edges that lie on a way from the embedding to the logits."
+    def reach(start, a, b):
+        here = {start}
+        while True:
+            more = {edges[i][b] for i in some if edges[i][a] in here} - here
+            if not more: return here
+            here |= more
+    down, up = reach('embed', 'source', 'target'), reach('logits', 'target', 'source')
+    return [i for i in some if edges[i]['source'] in down and edges[i]['target'] in up]
+
+
+BODY, OTHER = circuit(), circuit(seed=1, method='exact')
+N = len(BODY['edges'])
+
+
+@pytest.fixture(scope='module')
+def browser():
+    with chromium() as b: yield b
+
+
+@pytest.fixture(scope='module')
+def address(tmp_path_factory):
+    return CircuitInspector(BODY, details={'1.ssm[2]': NOTE}).to_html(tmp_path_factory.mktemp('board')/'a.html').as_uri()
+
+
+@pytest.fixture(scope='module')
+def compared(tmp_path_factory):
+    return CircuitInspector(BODY, compare=OTHER).to_html(tmp_path_factory.mktemp('board')/'two.html').as_uri()
+
+
+def opened(page, address):
+    page.goto(address)
+    page.locator('.board[data-frames]').wait_for()
+
+
+def settled(page, act):
+    "Does something and waits for the next picture."
+    n = page.locator('.board').get_attribute('data-frames')
+    act()
+    page.wait_for_function('n => document.querySelector(".board").dataset.frames > +n', arg=n)
+
+
+def put(page, n): settled(page, lambda: page.locator('.count').evaluate("(e, n) => { e.value = n; e.dispatchEvent(new Event('input')) }", n))
+def drawn(page): return int(page.locator('.board').get_attribute('data-edges'))
+def nodes(page): return page.locator('.node:not(.off)').evaluate_all("a => a.map(e => e.getAttribute('aria-label').split(',')[0])")
+def node(page, name): return page.locator(f'.node[aria-label^="{name},"]')
+
+
+def saved(page, kind):
+    with page.expect_download() as d: page.locator(f'[data-save={kind}]').click()
+    return d.value.path().read_bytes()
+
+
+def lit(page, canvas='.edges'):
+    "How many points of the drawing are painted."
+    return page.locator(canvas).evaluate("c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 3 && v).length")
+
+
+@pytest.mark.parametrize('scheme, width', [('light', 1300), ('dark', 1300), ('light', 400), ('dark', 400), ('light', 800)])
+def test_it_reads_in_both_themes_and_widths(browser, address, compared, scheme, width):
+    for url in (address, compared):
+        with watched_page(browser, color_scheme=scheme, viewport={'width': width, 'height': 900}) as (page, seen):
+            opened(page, url)
+            node(page, '1.ssm[2]').click()
+            page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+            page.locator('.rows tr').nth(5).wait_for()
+            ratios = page.evaluate(CONTRAST)
+            assert len(ratios) > 60 and not [r for r in ratios if r[0] < 4.5]
+            assert page.evaluate('document.documentElement.scrollWidth') <= width
+            assert lit(page) > 2000 and seen.errors == [] and seen.requests == [url]
+            boxes = page.locator('.node').evaluate_all('a => a.map(e => e.getBoundingClientRect()).map(r => [r.left, r.top, r.right, r.bottom])')
+            assert len(boxes) > 20 and min(b[0] for b in boxes) >= 0 and max(b[2] for b in boxes) <= width
+            for i, (l, t, r, b) in enumerate(boxes):
+                assert all(r <= k[0] or k[2] <= l or b <= k[1] or k[3] <= t for k in boxes[:i])        # no node over another
+
+
+def test_the_slider_takes_the_largest_and_moves_the_marker(browser, address):
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
+        opened(page, address)
+        first = drawn(page)
+        assert first == sum(e['kept'] for e in BODY['edges'])
+        here = lambda: float(page.locator('path.here').get_attribute('data-n'))
+        for n in (5, 80, 250, N):
+            put(page, n)
+            order = ranked(BODY['edges'])[:n]
+            want = pruned(BODY['edges'], order) or order
+            assert drawn(page) == len(want) and here() == n
+            assert set(nodes(page)) >= {'logits'} or n == 5
+        low = "() => { const c = document.querySelector('.edges'); return c.getContext('2d').getImageData(0, c.height - 60, c.width, 20).data.some(v => v) }"
+        page.wait_for_function(low)                                    # out of sight while it moves, painted soon after
+        before = here()
+        page.locator('.n').focus()
+        settled(page, lambda: page.keyboard.press('Home'))
+        assert here() == 1 < before
+        put(page, round(.2*N))
+        assert page.inner_text('.faith') == '0.70' and '≈' not in page.inner_text('.kept')              # a measured size
+        put(page, round((round(.2*N)*round(.6*N))**.5))
+        assert page.inner_text('.faith') in ('0.82', '0.83') and '≈' in page.inner_text('.kept')        # half way between two
+        put(page, 3)
+        assert 'not measured' in page.inner_text('.kept')
+        settled(page, lambda: page.locator('.given').click())
+        assert drawn(page) == first and seen.errors == []
+
+
+def test_a_click_shows_the_edges_and_the_detail(browser, address):
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
+        opened(page, address)
+        assert page.locator('.side h4').inner_text() == 'Strongest parts'
+        put(page, N)
+        node(page, '1.ssm[2]').click()
+        assert page.locator('.side h3').inner_text() == '1.ssm[2]' and page.locator('.side .told').inner_html() == NOTE
+        into = [e for e in BODY['edges'] if e['target'] in ('1.ssm[2]', '1.ssm.x[2]', '1.ssm.gate[2]')]
+        out = [e for e in BODY['edges'] if e['source'] == '1.ssm[2]']
+        assert page.locator('.side h4').all_inner_texts() == [f'Edges in: {len(into)}', f'Edges out: {len(out)}']
+        best = max(into, key=lambda e: abs(e['score']))
+        row = page.locator('.side .list').first.locator('button').first
+        assert row.get_attribute('title') == f"{best['source']} → {best['target']}"
+        assert float(row.locator('b').inner_text().replace('−', '-')) == pytest.approx(best['score'], rel=.01)
+        assert lit(page, '.over') > 200 and float(page.locator('.edges').evaluate('e => getComputedStyle(e).opacity')) < .3
+        page.keyboard.press('Escape')
+        assert lit(page, '.over') == 0 and page.locator('.side h3').count() == 0 and seen.errors == []
+
+
+def test_keys_walk_the_nodes_by_score(browser, address):
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
+        opened(page, address)
+        scores = {n['id']: abs(n['score']) for n in BODY['nodes']}
+        order = nodes(page)
+        assert order == sorted(order, key=lambda n: -scores[n]) and len(order) > 8
+        page.locator('.node').first.focus()
+        page.keyboard.press('Tab')
+        at = page.evaluate("document.activeElement.getAttribute('aria-label')")
+        assert at.split(',')[0] == order[1] and page.inner_text('.tip') == at
+        page.keyboard.press('Enter')
+        assert page.locator('.side h3').inner_text() == order[1] and page.locator('.node[aria-pressed=true]').count() == 1
+        page.locator('.side .pin').focus()
+        settled(page, lambda: page.keyboard.press('Enter'))
+        assert page.evaluate('document.activeElement.textContent') == 'Unpin' and seen.errors == []     # the focus stays
+
+
+def test_hiding_and_pinning(browser, address):
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
+        opened(page, address)
+        put(page, 100)
+        name = next(n for n in nodes(page) if '.ssm[' in n)
+        node(page, name).click()
+        settled(page, lambda: page.locator('.side .hide').click())
+        own = [n['id'] for n in BODY['nodes'] if n['id'] == name or n['kind'] == 'port' and n['of'] == [int(name[-2])] and n['id'].startswith(name[:5])]
+        keep = [i for i in ranked(BODY['edges'])[:100] if not {BODY['edges'][i]['source'], BODY['edges'][i]['target']} & {*own}]
+        assert drawn(page) == len(pruned(BODY['edges'], keep)) and node(page, name).count() == 0
+        settled(page, lambda: page.locator('.chips button', has_text=f'hidden {name}').click())
+        assert drawn(page) == len(pruned(BODY['edges'], ranked(BODY['edges'])[:100]))
+        settled(page, lambda: page.locator('.only').check())
+        put(page, 12)
+        there = set(nodes(page))
+        off = next(n['id'] for n in BODY['nodes'] if n['kind'] == 'head' and n['id'] not in there)
+        assert node(page, off).count() == 0
+        put(page, N)
+        node(page, off).click()
+        settled(page, lambda: page.locator('.side .pin').click())
+        put(page, 12)
+        assert node(page, off).count() == 1 and page.locator('.node.held').count() == 1 and seen.errors == []
+
+
+def test_filters_and_branches(browser, address):
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
+        opened(page, address)
+        put(page, N)
+        settled(page, lambda: page.locator('.find').fill('1.MLP, 0.attn.k'))
+        touch = [e for e in BODY['edges'] if any(w in e[k] for w in ('1.mlp', '0.attn.k') for k in ('source', 'target'))]
+        assert drawn(page) == len(touch)
+        settled(page, lambda: page.locator('.find').fill(''))
+        settled(page, lambda: page.locator('[data-branch=ssm]').uncheck())
+        left = [i for i, e in enumerate(BODY['edges']) if '.ssm' not in e['source'] + e['target']]
+        assert drawn(page) == len(pruned(BODY['edges'], left)) and not any('.ssm' in n for n in nodes(page)) and seen.errors == []
+
+
+def test_an_edge_says_its_name(browser, address):
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
+        opened(page, address)
+        put(page, N)
+        box, known = page.locator('.scene').bounding_box(), {f"{e['source']} → {e['target']}": e['score'] for e in BODY['edges']}
+        said = set()
+        page.locator('.scene').scroll_into_view_if_needed()
+        box = page.locator('.scene').bounding_box()
+        for x in range(80, int(box['width']), 25):
+            page.mouse.move(box['x'] + x, box['y'] + 44)
+            if page.locator('.tip').is_visible(): said.add(page.inner_text('.tip'))
+        assert len(said) > 3
+        for text in said:
+            name, value = text.rsplit('   ', 1)
+            assert float(value.replace('−', '-')) == pytest.approx(known[name], rel=.04)
+        assert seen.errors == []
+
+
+def test_downloads_hold_the_picture(browser, address):
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}, accept_downloads=True) as (page, seen):
+        opened(page, address)
+        put(page, 60)
+        svg, png, body = saved(page, 'svg').decode(), saved(page, 'png'), json.loads(saved(page, 'json'))
+        assert svg.startswith('<svg') and 20 < svg.count('<path') <= drawn(page) and 'logits' in svg and 'var(' not in svg and 'NaN' not in svg
+        assert png[:8] == b'\x89PNG\r\n\x1a\n' and len(png) > 20_000
+        kept = {i for i, e in enumerate(body['edges']) if e['kept']}
+        assert kept == set(pruned(BODY['edges'], ranked(BODY['edges'])[:60])) and body['graph'] == BODY['graph']
+        plain = lambda b: [{k: v for k, v in n.items() if k != 'score'} for n in b['nodes']]
+        assert plain(body) == plain(BODY) and {k: v for k, v in body.items() if not isinstance(v, list | dict)} == {k: v for k, v in BODY.items() if not isinstance(v, list | dict)}
+        assert [e['score'] for e in body['edges']] == pytest.approx([e['score'] for e in BODY['edges']], rel=1e-6)
+        page.goto('about:blank')
+        page.set_content(svg)
+        assert page.locator('svg text').count() > 20 and seen.errors == []
+
+
+def test_two_circuits_are_compared(browser, compared):
+    a, b = ({i for i, e in enumerate(c['edges']) if e['kept']} for c in (BODY, OTHER))
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}, accept_downloads=True) as (page, seen):
+        opened(page, compared)
+        assert drawn(page) == len(a | b) and 'only eap' in page.inner_text('.lg') and 'only exact' in page.inner_text('.lg')
+        page.locator('.rows summary').click()
+        page.locator('.rows tr').nth(len(a | b)).wait_for()
+        last = page.locator('.rows td:last-child').all_inner_texts()
+        assert [last.count(s) for s in ('both', 'eap', 'exact')] == [len(a & b), len(a - b), len(b - a)]
+        for value, body, on in (('0', BODY, a), ('1', OTHER, b)):
+            settled(page, lambda value=value: page.locator('.which').select_option(value))
+            assert drawn(page) == len(on) and 'only eap' not in page.inner_text('.lg')
+            assert [e['score'] for e in json.loads(saved(page, 'json'))['edges']] == pytest.approx([e['score'] for e in body['edges']], rel=1e-6)
+        assert seen.errors == []
+
+
+# From a move of the slider to the picture after it, and the drawing alone, in milliseconds: the median of some moves.
+MOVES = """async sizes => { const e = document.querySelector('.count'), box = document.querySelector('.board'), all = [], own = []
+  for (const n of sizes) { const t = performance.now(), was = box.dataset.frames; e.value = n; e.dispatchEvent(new Event('input'))
+    while (box.dataset.frames == was) await new Promise(requestAnimationFrame)
+    await new Promise(f => { const c = new MessageChannel(); c.port1.onmessage = f; c.port2.postMessage(0) })
+    all.push(performance.now() - t); own.push(+box.dataset.ms) }
+  const mid = v => v.sort((a, b) => a - b)[v.length >> 1]
+  return [mid(all), mid(own)] }"""
+
+
+def test_a_move_at_two_thousand_edges_is_quick(browser, tmp_path):
+    big = circuit(blocks=8, heads=7, lags=True, kept=100)
+    assert len(big['edges']) > 8000
+    path = CircuitInspector(big).to_html(tmp_path/'big.html')
+    assert path.stat().st_size < 250_000
+    with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
+        opened(page, path.as_uri())
+        assert page.evaluate("performance.now()") < 3000
+        moved, own = page.evaluate(MOVES, [3300 + 25*k for k in range(12)])
+        print(f'{moved:.0f} ms from the move to the picture, {own:.0f} ms of drawing, {drawn(page)} edges')
+        assert 1500 < drawn(page) < 2300 and own < 100 and moved < 150 and seen.errors == []       # a busy machine
+
+
+def test_what_is_no_circuit_is_refused():
+    for bad, say in (({}, "without 'nodes'"), ({**BODY, 'edges': []}, 'got 0 edges'), ({**BODY, 'nodes': BODY['nodes'][1:]}, 'without'), ([], 'got list')):
+        with pytest.raises(ValueError, match=say): board_data(bad)
+    with pytest.raises(ValueError, match='two of one graph'): board_data(BODY, circuit(blocks=2))
+    with pytest.raises(ValueError, match='got details of'): board_data(BODY, details={'9.mlp': ''})
+    with pytest.raises(ValueError, match='got node'): board_view(BODY, node='9.mlp')
+    with pytest.raises(ValueError, match=f'0 to {N} edges'): CircuitInspector(BODY, size=N + 1)
+    look = CircuitInspector(BODY)
+    with pytest.raises(ValueError): look.node = '9.mlp'
+    look.node = '1.ssm[0]'
+    assert look.node in repr(look) and json.dumps(look.node)[1:-1] in look.html
+
+
+CELLS = ["""import json
+from circuitbench.board import CircuitInspector, board_view
+body = json.load(open('body.json'))
+look = CircuitInspector(body, detail=lambda name: f'<p>asked of {name}: {1/(name != "0.mlp")}</p>')
+look""", 'look.node = "1.ssm[2]"', """from IPython.display import HTML
+HTML('<div id="plain">' + board_view(body) + '</div>')"""]
+
+
+@pytest.mark.slow
+def test_it_is_live_in_jupyterlab(browser, tmp_path):
+    (tmp_path/'body.json').write_text(json.dumps(BODY))
+    with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, CELLS) as (page, seen):
+        live = page.locator('.cbv-live .board')
+        live.locator('.told', has_text='asked of 1.ssm[2]: 1.0').wait_for()             # set from the second cell
+        live.locator('.node[aria-label^="0.mlp,"]').click()
+        live.locator('.told .er', has_text='ZeroDivisionError').wait_for()
+        live.locator('.count').fill('40')
+        page.locator('.cbv-live .board[data-n="40"]').wait_for()
+        page.locator('#plain .board[data-n=given]').wait_for()                          # and as plain HTML, beside it
+        page.wait_for_timeout(300)
+        page.locator('.jp-CodeCell .cm-content').last.click()
+        page.keyboard.press('Control+A')
+        page.keyboard.type('print(look.node, look.size)')
+        page.keyboard.press('Shift+Enter')
+        page.locator('.jp-OutputArea-output', has_text='0.mlp 40').last.wait_for()
+        for theme in ('JupyterLab Dark', 'JupyterLab Light'):
+            set_theme(page, theme)
+            back = 'rgb(22, 25, 30)' if 'Dark' in theme else 'rgb(255, 255, 255)'
+            page.wait_for_function("back => getComputedStyle(document.querySelector('.cbv-live .board')).backgroundColor == back", arg=back)
+        assert page.locator('.still').count() == 1 and not page.locator('.still').is_visible() and seen.errors == []
