@@ -9,7 +9,7 @@ __all__ = ['Circuit', 'extract_circuit']
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -313,7 +313,7 @@ def extract_circuit(
     corrupt=None,  # the counterfactual, as many tokens long; None: one is made, and the note says how
     wrong=None,  # its answer; None: what the model says to it
     metric: str | Metric = 'logit_diff',  # or 'log_prob', 'kl', a function (logits, pairs) -> a number a pair
-    method: str = 'eap-ig',  # or 'eap', 'exact'
+    method: str | Callable = 'eap-ig',  # or 'eap', 'exact', a function (model, pairs, graph) -> Scores
     steps: int = 5,  # of 'eap-ig'
     frozen: bool = True,  # hold norms still in the backward pass
     ablation: str = 'patch',  # what the other edges carry: the counterfactual, the 'mean', 'zero'
@@ -328,14 +328,16 @@ def extract_circuit(
     one that does not change the metric, and for unknown choices.
     """
     check_ablation(ablation)
-    if method not in (*METHODS, 'exact'): raise ValueError(f"got method={method!r}, expected {[*METHODS, 'exact']}")
+    if not callable(method) and method not in (*METHODS, 'exact'):
+        raise ValueError(f"got method={method!r}, expected {[*METHODS, 'exact']} or a function")
     pairs, graph = as_pairs(model, prompt, target, corrupt, wrong), model_graph(model, lags)
     measure = metric_of(metric, model, pairs)
     clean, empty = ends(model, pairs, measure)
     _favoured(model, pairs, metric, clean)
     faithfulness_of(0., float(clean.mean()), float(empty.mean()))
     options = dict(metric=measure, ablation=ablation, progress=progress)
-    if method == 'exact': found = exact(model, pairs, graph, **options)
+    if callable(method): found = method(model, pairs, graph)
+    elif method == 'exact': found = exact(model, pairs, graph, **options)
     else: found = attribute(model, pairs, graph, method=method, steps=steps, frozen=frozen, **options)
     text = lambda ids: tuple(''.join(model.strings(row[:a + 1])) for row, a in zip(ids, pairs.at.tolist()))
     word = lambda ids: tuple(model.strings(ids))

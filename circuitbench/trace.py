@@ -56,11 +56,13 @@ class StateStory:
     "(head,): the metric of the clean run minus that with the head's read-outs exchanged"
     carried: Tensor = field(repr=False)
     "(head, written, read): what of that each pair of steps accounts for"
+    front: Tensor = field(repr=False)
+    "(head,): what the writes of meta tokens before the prompt account for"
 
     @property
     def residual(self) -> Tensor:
         "(head,): the effect that the pairs of steps do not account for."
-        return self.effects - self.carried.sum((1, 2))
+        return self.effects - self.carried.sum((1, 2)) - self.front
 
     def __repr__(self):
         lines = [f'{self.model}: {"".join(self.words)!r} against {"".join(self.counterfactual)!r}']
@@ -108,15 +110,15 @@ def trace_state(
         raise ValueError(f'got head {lost[0]!r}, expected recurrent heads of the circuit: {list(have)[:8]} ...')
     layers = sorted({nodes[have[h]].block for h in best})
     clean, other = (model.recurrences(ids, layers) for ids in (b.clean, b.corrupt))
-    effects, carried = zip(*(_head(model, b, measure, nodes[have[h]], clean, other, steps) for h in best))
+    effects, carried, front = zip(*(_head(model, b, measure, nodes[have[h]], clean, other, steps) for h in best))
     words, against = (tuple(model.strings(ids[0])) for ids in (b.clean, b.corrupt))
     told = [w for h, c in zip(best, carried) for w in _writes(circuit, nodes[have[h]], clean, c, words, model.meta)]
     told = tuple(sorted(told, key=lambda w: -abs(w.effect))[:writes])
     return StateStory(model.name, words, against, circuit.metric, told, tuple(best), torch.tensor(effects),
-                      torch.stack(carried))
+                      torch.stack(carried), torch.tensor(front))
 
-def _head(model, b: Pairs, measure, node, clean, other, steps: int) -> tuple[float, Tensor]:
-    "The exact effect of a head's read-outs, and what each pair of steps accounts for: (written, read)."
+def _head(model, b: Pairs, measure, node, clean, other, steps: int) -> tuple[float, Tensor, float]:
+    "The exact effect of a head's read-outs, what each pair of steps accounts for, (written, read), and meta tokens."
     site, cols = f'blocks.{node.block}.ssm.y', slice(None) if node.heads is None else list(node.heads)
     own, theirs = (_summed(r[node.block], cols, model.meta) for r in (clean, other))
     with torch.no_grad():
@@ -129,7 +131,8 @@ def _head(model, b: Pairs, measure, node, clean, other, steps: int) -> tuple[flo
         return torch.autograd.grad(value, mixed)[0] if grad else float(value)
     with torch.no_grad(): effect = _run(1., False) - _run(0., False)
     slope = sum(_run((k + .5)/steps, True) for k in range(steps))/steps           # (1, pos, head, d_head)
-    return effect, torch.einsum('tihp,thp->it', own - theirs, slope[0].float())
+    parts = torch.einsum('tihp,thp->it', own - theirs, slope[0].float())
+    return effect, parts[model.meta:], float(parts[:model.meta].sum())
 
 def _summed(r: Mamba | Delta, cols, meta: int) -> Tensor:
     "Terms of the read-outs of some heads by the step that reads and the one that wrote: (read, written, head, d_head)."
@@ -139,7 +142,7 @@ def _summed(r: Mamba | Delta, cols, meta: int) -> Tensor:
     if isinstance(r, Mamba) and r.D is not None:
         t = torch.arange(len(x))
         out[t, t] += r.D.float()[:, None]*x
-    return out[meta:, meta:]
+    return out[meta:]
 
 def _writes(circuit: Circuit, node, clean, carried: Tensor, words, meta: int) -> list[Write]:
     "Each write of a head with what it does."

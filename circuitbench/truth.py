@@ -28,6 +28,7 @@ from .hook import HookedModel
 from .judge import BUDGETS, auprc, auroc, bootstrap, cmd, cpr, faithfulness_of, recovery
 from .pairs import Pairs, accuracy, ends, logit_diff
 from .program import NAMES, Recall, recall_pairs
+from .search import acdc, eap_ig_activations, flow_routes, grad_drop, learned_masks
 from .subgraph import run_edges
 from .trained import (
     TRUTH, load_trained, trained_card, trained_draws, trained_labels, trained_models)
@@ -159,7 +160,9 @@ def methods() -> dict[str, Method]:
         for frozen in (True, False):
             key = f'{name}, norms {"frozen" if frozen else "as they are"}'
             made[key] = partial(attribute, method=how, frozen=frozen, progress=False)
-    return made
+    more = {'EAP-IG over activations': eap_ig_activations, 'GradDrop': grad_drop, 'ACDC at .01': acdc,
+            'learned masks': learned_masks, 'flow routes': flow_routes}
+    return made | {k: partial(f, progress=False) for k, f in more.items()}
 
 # %% ../nbs/69_truth.ipynb #table
 @dataclass(frozen=True)
