@@ -312,7 +312,9 @@ class _Attribution:
             if head.branch == 'attn':
                 sites = {n.site for n in way.nodes if n.branch == 'attn' and n.port != 'rest'}
                 grads = grads | {s: back([heard[head.site]], [z], heard[s]) for s in sites}
-            own = lambda n: mine if n.branch == 'ssm' or n.port == 'rest' else n.heads
+            def own(n):                                                    # of a port, its own heads alone
+                if n.port == 'rest' or mine is None or n.heads is None: return mine
+                return n.heads if n.branch == 'attn' else [h for h in mine if h in n.heads]
             v = way.gradients(heard, grads, own)*moved[way.pre]
             self.cached = key, v.sum((1, 3)) if self.by_position else v.flatten(1).sum(1)
         return self.cached[1][way.ports.index(p)]

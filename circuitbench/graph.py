@@ -138,10 +138,10 @@ def model_graph(
 @torch.no_grad()
 def _beside(model, nodes: list[Node], ids: Tensor) -> tuple[str, ...]:
     "Branches whose heads change with the stream although all their ports are held."
-    ports, sites = ({n.site for n in nodes if n.kind == kind} for kind in ('port', 'head'))
+    ports, sites = (dict.fromkeys(n.site for n in nodes if n.kind == kind) for kind in ('port', 'head'))
     held = model.run_with_cache(ids, [*ports, *sites])[1]
     got = model.run_with_cache(ids.flip(1), [*sites], edit=[patch(s, held[s]) for s in ports])[1] if ports else {}
-    names = [f'{s.split(".")[1]}.{s.split(".")[2]}' for s, v in got.items() if not _alike(v, held[s])]
+    names = [f'{s.split(".")[1]}.{s.split(".")[2]}' for s, v in got.items() if not _alike(v, held[s], 2)]
     return tuple(names)
 
 def _leads(model, a: Node, b: Node) -> bool:
@@ -228,10 +228,10 @@ class _Block:
         seen = (g.abs().amax(1) > 0).nonzero()[:, 0]
         return list(range(len(g) - int(seen.min()))) if len(seen) else [0]
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    "Is one what the other is, up to rounding?"
+def _alike(a: Tensor, b: Tensor, steps: int = 200) -> bool:
+    "Is one what the other is, up to some steps of rounding, 200 of float32 at least?"
     if not isinstance(a, Tensor): return False
-    rough = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)*200
+    rough = max(torch.finfo(a.dtype).eps*steps, torch.finfo(torch.float32).eps*200)
     return bool((a - b).norm() <= rough*max(1., float(b.norm())))
 
 # %% ../nbs/60_graph.ipynb #parts

@@ -117,7 +117,8 @@ class Way:
         "For ports that come out of one matrix: by (site, heads, lag)."
         sites, kept = list(dict.fromkeys(site for site, _ in self.columns)), {}
         for n in self.nodes:
-            if n.site in sites: kept.setdefault(n.site, set()).update(which(n) or range(grads[n.site].shape[2]))
+            if n.site not in sites: continue
+            kept.setdefault(n.site, set()).update(range(grads[n.site].shape[2]) if (some := which(n)) is None else some)
         whole = {s: len(kept[s]) == grads[s].shape[2] for s in sites}
         split = {s: self._by_residue(grads[s] if whole[s] else only_heads(grads[s], sorted(kept[s]))) for s in sites}
         outs = [heard[s] for s in sites]

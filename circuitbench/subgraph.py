@@ -76,7 +76,8 @@ class Plan:
 
     def _shared(self, port: int) -> bool:
         "Is it a key or value that several attention heads have in common?"
-        return self.graph.nodes[port].branch == 'attn' and len(self.served[port]) > 1
+        n = self.graph.nodes[port]
+        return n.branch == 'attn' and n.port != 'rest' and len(self.served[port]) > 1
 
     def _all(self, stage: int) -> int:
         "The stream in which everything is exchanged."
@@ -97,8 +98,8 @@ class Plan:
                     if len({*wants}) > 1 and wants not in mixed: mixed[wants], n = n, n + len(wants)
             self.mixed[stage] = mixed
             for (a, b), _ in self.cut.items():
-                if nodes[a].reads == stage and (lost := self.keys_lost(b)) and (stage, lost) not in self.keys:
-                    self.keys[stage, lost], n = n, n + 1
+                if nodes[a].reads != stage or not (lost := self.keys_lost(b)): continue
+                if (key := (stage, lost, self.beside(b))) not in self.keys: self.keys[key], n = n, n + 1
             self.copies = max(self.copies, n)
         used = [s//2 for s, v in self.streams.items() if v] + [nodes[a].block for a, _ in self.cut]
         self.first = min(used, default=nodes[-1].block)                    # the first block unlike a clean run
@@ -110,6 +111,11 @@ class Plan:
         nodes = self.graph.nodes
         if nodes[head].branch != 'attn': return ''
         return ''.join(sorted(nodes[a].port for a, b in self.cut if b == head and self._shared(a)))
+
+    def beside(self, head: int) -> int | None:
+        "The stream that a head hears beside its ports; None: that of the run."
+        n = self.graph.nodes[head]
+        return next((wants[0] for heads, wants, _ in self.ports.get(n.site, ()) if heads == n.heads), None)
 
 # %% ../nbs/64_subgraph.ipynb #run
 class _Run:
@@ -148,6 +154,7 @@ class _Run:
                 rows = [by[k] for k in at]
                 for wants in plan.mixed[stage]:
                     rows += [_alternate([by[k] for k in wants], start) for start in range(len(wants))]
+                rows += [by[k] for s, _, k in plan.keys if s == stage]
                 new = torch.cat([main, *rows, *[main]*(self.copies - 1 - len(rows))])
             if stage % 2 == 0: self.entered[stage//2] = new
             return new
@@ -173,7 +180,7 @@ class _Run:
                     main[:, :, cols] = other[:, :, cols] + share*(main[:, :, cols] - other[:, :, cols])
             if rest: return torch.cat([main, x[self.b:]]).view(shape)
             new = [main]*self.copies
-            for (at, lost), c in plan.keys.items():
+            for (at, lost, _), c in plan.keys.items():
                 if branch == 'attn' and at == stage and port in lost: new[c] = other
             return torch.cat(new) if self.copies > 1 else main
         return _take
@@ -201,7 +208,8 @@ class _Run:
             if not (lost := self.plan.keys_lost(w)): continue
             cols = slice(None) if self.nodes[w].heads is None else list(self.nodes[w].heads)
             main = main.clone()
-            main[:, :, cols] = x[self.rows(self.plan.keys[2*self.nodes[w].block, lost])][:, :, cols]
+            c = self.plan.keys[2*self.nodes[w].block, lost, self.plan.beside(w)]
+            main[:, :, cols] = x[self.rows(c)][:, :, cols]
         return main
 
     def _add(self, site: str, mine: list[int], main: Tensor):

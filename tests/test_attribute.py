@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_subgraph import PAIRS, Norm, llama_circuit, mamba2_circuit, others
+from test_subgraph import BESIDE, PAIRS, RESTS, Norm, heard, llama_circuit, mamba2_circuit, others, rest_of
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -57,6 +57,11 @@ def shared_keys(g):
     return torch.tensor([n.kind == 'port' and n.branch == 'attn' and int(served[g.index[n.name]]) > 1 for n in kinds(g)])
 
 
+def unmasked(g):
+    "Inner edges that a mask of floats leaves alone: those of shared keys and values, and of what is heard beside the ports."
+    return shared_keys(g) | torch.tensor([n.port == 'rest' for n in kinds(g)])
+
+
 # -- the derivative of a run of edges ------------------------------------------------------
 def derivative(model, g, frozen=False, ablation='patch'):
     "Of the metric by how much of each edge is kept, at all of all."
@@ -70,7 +75,7 @@ def derivative(model, g, frozen=False, ablation='patch'):
 def test_scores_are_the_derivative_of_a_run_of_edges(family, graphs, ablation, frozen):
     g = graphs[0]
     ours, want = eap(family, g, frozen=frozen, ablation=ablation).edges, derivative(family, g, frozen, ablation)
-    some = ~shared_keys(g)
+    some = ~unmasked(g)
     assert near(ours[some], want[some], 1e-4) and want[some].abs().max() > 1e-2
 
 
@@ -114,7 +119,7 @@ def test_finite_differences_of_a_run_of_edges(name):
     model.hf.config._experts_implementation = 'eager'                      # a grouped product knows no float64
     g = model_graph(load_model(f'mock://{name}-tiny'))
     ours, h = eap(model, g, frozen=False).edges, .001
-    some = [e for e in ours.abs().topk(4).indices.tolist() + list(range(3, len(g), len(g)//4)) if not shared_keys(g)[e]]
+    some = [e for e in ours.abs().topk(4).indices.tolist() + list(range(3, len(g), len(g)//4)) if not unmasked(g)[e]]
     for e in some:
         ends = []
         for s in (1 + h, 1 - h):
@@ -122,6 +127,24 @@ def test_finite_differences_of_a_run_of_edges(name):
             keep[e] = s
             with torch.no_grad(): ends.append(float(logit_diff(run_edges(model, PAIRS, g, keep, tokens=10**6), PAIRS).mean()))
         assert float(ours[e]) == pytest.approx((ends[0] - ends[1])/(2*h), abs=2e-3*float(ours.abs().max())), g.names[e]
+
+
+@pytest.mark.parametrize('name, i, way', RESTS)
+def test_what_is_heard_beside_the_ports_is_scored_by_its_slope(name, i, way):
+    "All of it, the edge of one writer, and the edge to each head: by hand on the bare model, a little past the clean stream and before it."
+    model = load_model(f'mock://{name}-tiny', dtype=torch.float64)
+    model.hf.config._experts_implementation = 'eager'
+    g, h = model_graph(load_model(f'mock://{name}-tiny')), .003          # parts of these models stay in float32
+    rest, heads = rest_of(model, g, i)
+    found, name = eap(model, g, frozen=False), g.nodes[rest].name
+    (e, pre), (e2, pre2) = (heard(model.hf, ids, model.blocks[0], model.blocks[i]) for ids in (PAIRS.clean, PAIRS.corrupt))
+    gap = lambda v: float((v[torch.arange(3), PAIRS.target] - v[torch.arange(3), PAIRS.wrong]).mean())
+    slope = lambda change, mine: (gap(way(model, i, pre + h*change, mine)) - gap(way(model, i, pre - h*change, mine)))/(2*h)
+    everyone = [*range(len(heads))]
+    assert float(found.nodes[rest]) == pytest.approx(slope(pre - pre2, everyone), abs=1e-4)
+    assert float(found.edges[g.edge(f'embed->{name}')]) == pytest.approx(slope(e - e2, everyone), abs=1e-4)
+    inner = [float(found.edges[g.edge(f'{name}->{g.nodes[k].name}')]) for k in heads]
+    assert inner == pytest.approx([slope(pre - pre2, [k]) for k in everyone], abs=1e-4) and max(map(abs, inner)) > 1e-3
 
 
 # -- the derivative of the equations, float64 ----------------------------------------------
@@ -247,16 +270,13 @@ def test_scores_of_a_transformer_are_those_of_a_plain_loop(steps, frozen):
 
 
 # -- nodes ---------------------------------------------------------------------------------
-HEAR_MORE = 'zamba2', 'rwkv7', 'kimi-linear', 'olmo-hybrid', 'qwen3-5', 'qwen3-next'        # ways that are no edges
-
-
 @pytest.mark.parametrize('kw', [dict(method='eap', frozen=False), dict(method='eap'), dict(steps=3), dict(method='eap', ablation='zero')], ids=['plain', 'frozen', 'ig', 'zero'])
 def test_a_node_is_the_sum_of_its_edges(family, graphs, kw):
-    "Of those that leave it."
+    "Of those that leave it: also of what heads hear beside their ports, which is scored by those that enter."
     g = graphs[0]
     found = eap(family, g, **dict(method='eap-ig') | kw)
     total = torch.zeros(len(g.nodes)).index_add(0, g.edges[:, 0], found.edges)
-    some = [k for k, n in enumerate(g.nodes) if n.kind != 'logits' and (family.adapter.family not in HEAR_MORE or n.kind == 'port' or n.block == family.n_layers - 1)]
+    some = [*range(family.adapter.family in BESIDE, len(g.nodes) - 1)]     # there the embedding has ways that are no edges
     assert near(found.nodes[some], total[some], 1e-4)
     assert found.nodes.isnan().nonzero()[:, 0].tolist() == [len(g.nodes) - 1] and not found.edges.isnan().any()
 

@@ -31,7 +31,7 @@ def test_names_are_unique_and_edges_go_forward(family, graphs):
         assert {g.nodes[i].kind for i in g.writers} <= {'embed', 'head', 'whole'}
         assert {g.nodes[i].kind for i in g.readers} <= {'port', 'whole', 'logits'}
         assert g.index['embed'] == 0 and [g.edge(n) for n in g.names[::7]] == list(range(0, len(g), 7))
-        assert not g.lags or all((n.lag is not None) == (n.kind == 'port') for n in g.nodes)
+        assert not g.lags or all((n.lag is not None) == (n.kind == 'port' and n.port != 'rest') for n in g.nodes)
 
 
 def test_edges_are_all_that_the_depth_allows(family, graphs):
@@ -62,7 +62,7 @@ def test_what_a_port_reads_back_to_is_what_moves_it(family, graphs):
     "The stream before a block is moved at token 4: the ports that look k tokens back move at 4 + k, and no other reader does."
     g = graphs[1]
     for i in range(family.n_layers):
-        ports = [n for n in g.nodes if n.kind == 'port' and n.block == i]
+        ports = [n for n in g.nodes if n.kind == 'port' and n.port != 'rest' and n.block == i]
         if not ports: continue
         sites = list(dict.fromkeys(n.site for n in ports))
         push = torch.randn(family.sizes['d_model'], generator=torch.Generator().manual_seed(i))
@@ -76,17 +76,37 @@ def test_what_a_port_reads_back_to_is_what_moves_it(family, graphs):
             assert all([4 + k for k in seen] == at for seen in lags.values()), site
 
 
+DELTA = ['0.ssm', '1.ssm', '2.ssm']
+MORE = {'rwkv7': DELTA[:2], 'kimi-linear': DELTA, 'olmo-hybrid': DELTA, 'qwen3-next': [*DELTA, '3.attn'], 'qwen3-5': [*DELTA, '3.attn']}
+
+
 def test_a_head_hears_the_stream_through_its_ports_alone(family, graphs):
-    "Its ports held at their values, the stream before the block is moved: what the head writes stays."
-    g = graphs[0]
+    "Its ports held at their values, the stream before the block is moved: what the head writes stays, but where it has a port for the rest."
+    for g in graphs: assert [*g.beside] == MORE.get(family.adapter.family, [])
+    g, moves = graphs[0], []
     for i in range(family.n_layers):
-        ports, heads = (list(dict.fromkeys(n.site for n in g.nodes if n.block == i and n.kind == kind)) for kind in ('port', 'head'))
+        nodes = [n for n in g.nodes if n.block == i and n.port != 'rest']
+        ports, heads = (list(dict.fromkeys(n.site for n in nodes if n.kind == kind)) for kind in ('port', 'head'))
         if not heads: continue
         push = add(f'blocks.{i}.resid_pre', torch.randn(family.sizes['d_model'], generator=torch.Generator().manual_seed(i)))
         with torch.no_grad():
             clean = family.run_with_cache(IDS, ports + heads)[1]
             moved = family.run_with_cache(IDS, heads, edit=[push, *(patch(s, clean[s]) for s in ports)])[1]
-        for s in heads: assert (moved[s] - clean[s]).abs().max() <= 1e-5*clean[s].abs().max(), s
+        moves += ['.'.join(s.split('.')[1:3]) for s in heads if (moved[s] - clean[s]).abs().max() > 1e-5*clean[s].abs().max()]
+    assert sorted(moves) == MORE.get(family.adapter.family, [])
+
+
+def test_what_is_heard_beside_the_ports_is_one_more_port(family, graphs):
+    "Of each such branch one, with and without lags: it reads what its block reads, and all heads of the branch have it."
+    for g in graphs:
+        some = [n for n in g.nodes if n.port == 'rest']
+        assert [n.name for n in some] == [f'{b}.rest' for b in MORE.get(family.adapter.family, [])]
+        for n in some:
+            heads = [m for m in g.nodes if m.kind == 'head' and (m.block, m.branch) == (n.block, n.branch)]
+            assert (n.kind, n.site, n.heads, n.lag, n.reads, n.writes) == ('port', heads[0].site, None, None, 2*n.block, None) and len(heads) > 1
+            assert [e for e in g.names if e.startswith(f'{n.name}->')] == [f'{n.name}->{m.name}' for m in heads]
+            before = ['embed', *(m.name for m in g.nodes if m.kind in ('head', 'whole') and m.block < n.block)]
+            assert [e for e in g.names if e.endswith(f'->{n.name}')] == [f'{a}->{n.name}' for a in before]
 
 
 def test_heads_that_share_a_port_have_the_same_value(family, graphs):
@@ -136,6 +156,14 @@ def test_the_graph_of_mamba2_written_out():
     lagged = model_graph(load_model('mock://mamba2-tiny'), lags=True)                # four taps; gate and step see no other token
     want = [f'{p}@{k}'.format(0) for p in ports for k in range(1 if '.dt' in p or '.gate' in p else 4)]
     assert [n.name for n in lagged.nodes if n.kind == 'port' and n.block == 0] == want
+
+
+def test_the_edges_of_rwkv7_counted():
+    "Two blocks of two heads with six ports each and one beside them, and an MLP: into a block, within it, into MLPs, into the logits."
+    g = model_graph(load_model('mock://rwkv7-tiny'))
+    ports, inner = 2*6 + 1, 2*(6 + 1)
+    assert len(g) == ports*1 + ports*(1 + 3) + 2*inner + (3 + 6) + 7
+    assert repr(g) == f'Graph of mock://rwkv7-tiny: {len(g)} edges, 1 embed, 26 ports, 4 heads, 2 whole, 1 logits'
 
 
 @pytest.mark.parametrize('family', ['mamba1', 'mamba2', 'jamba', 'bamba', 'falcon-h1', 'zamba2', 'nemotron-h', 'qwen3-next', 'rwkv7'])
@@ -217,7 +245,7 @@ def test_a_graph_is_found_where_gradients_are_off(lags):
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize('name', ['mamba2', 'mamba1', 'falcon-h1', 'bamba', 'hymba', 'rwkv7', 'olmo-hybrid', 'llama'])
+@pytest.mark.parametrize('name', ['mamba2', 'mamba1', 'falcon-h1', 'bamba', 'hymba', 'rwkv7', 'olmo-hybrid', 'qwen3-5', 'llama'])
 def test_the_graph_is_the_same_in_another_precision(name, dtype):
     "Models that keep a step or their stream in float32 round in float64 too."
     assert model_graph(load_model(f'mock://{name}-tiny', dtype=dtype), lags=True).names == model_graph(load_model(f'mock://{name}-tiny'), lags=True).names

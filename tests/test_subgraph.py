@@ -1,6 +1,7 @@
 """Runs of a subgraph and exact scores: against circuits of Mamba-2 and Llama in float64 numpy, and hooks on the bare models."""
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -35,7 +36,7 @@ def graph(family, request): return model_graph(family, lags=request.param)
 
 
 @torch.no_grad()
-def plain(model, ids): return PAIRS.last(model.hf(ids, use_cache=False).logits)
+def plain(model, ids): return model.hf(ids, use_cache=False).logits[torch.arange(3), PAIRS.at]
 
 
 def all_of(g): return torch.ones(len(g), dtype=torch.bool)
@@ -106,8 +107,8 @@ def test_heads_without_any_edge_in_are_heads_of_the_counterfactual(family, graph
     for site, block, branch in sites:
         want = PAIRS.last(family.run(PAIRS.clean, edit=patch(site, other[site])).logits)
         ports, heads = ([k for k, n in enumerate(graph.nodes) if n.kind == kind and (n.block, n.branch) == (block, branch)] for kind in ('port', 'head'))
-        first_values = family.adapter.family == 'rwkv7' and block > 0              # which come beside the stream
-        for into in () if first_values else (ports, heads):
+        handed_on = (family.adapter.family, branch, block) in (('rwkv7', 'ssm', 1), ('hymba', 'attn', 1))       # first values, keys of the block before
+        for into in () if handed_on else (ports, heads):
             if into == heads and graph.lags: continue                              # there an inner edge exchanges a stream, not a value
             cut = torch.isin(graph.edges[:, 1], torch.tensor(into))
             assert near(run_edges(family, PAIRS, graph, ~cut), want) and not near(want, clean, 1e-4), site
@@ -418,20 +419,37 @@ def written(hf, ids, modules, block=None, stream=None):
     return [seen[k] for k in range(len(modules))]
 
 
+@contextmanager
+def called(model, i, *names):
+    "The keyword and other arguments of the rule of one block, the i-th to call it; what `change` makes of them is run instead."
+    home = sys.modules[type(model.hf).__module__]
+    name = next(n for n in names if hasattr(home, n))
+    rule = getattr(home, name)
+    seen = SimpleNamespace(calls=[], change=rule)
+    def run(*args, **kw):
+        seen.calls.append((args, kw))
+        return (seen.change if len(seen.calls) == i + 1 else rule)(*args, **kw)
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(home, name, run)
+        yield seen
+
+
 @torch.no_grad()
-def bonus(model, i, stream, heads):
-    "RWKV-7 adds (r k r_k) v to the normed read-out, without the recurrence; clean logits where some heads take it from a stream."
-    m, of = model.blocks[i].attn, [model.blocks[0].attn.v_proj]
+def bonus_and_look_up(model, i, stream, heads):
+    "RWKV-7 adds (r k r_k) v to the normed read-out, whatever the recurrence is given, and has kappa look up what is removed."
+    m, some = model.blocks[i].attn, torch.isin(torch.arange(2), torch.tensor(heads))[:, None]
     parts = [m.r_proj, m.k_proj, m.v_proj, m.a_lora, *([m.v_lora] if i else [])]
     def made(stream):
-        r, k, v, a, *mix = written(model.hf, PAIRS.clean, parts, model.blocks[i], stream)
-        if mix: v = v + (written(model.hf, PAIRS.clean, of)[0] - v)*torch.sigmoid(mix[0])
+        with called(model, i, 'rwkv7_scan') as seen: r, k, v, a, *mix = written(model.hf, PAIRS.clean, parts, model.blocks[i], stream)
+        if mix: v = v + (written(model.hf, PAIRS.clean, [model.blocks[0].attn.v_proj])[0] - v)*torch.sigmoid(mix[0])
         r, k, v = (x.unflatten(2, (2, 16)) for x in (r, k*(1 + (torch.sigmoid(a) - 1)*m.k_a), v))
-        return (r*k*m.r_k).sum(3, keepdim=True)*v
-    pre, = heard(model.hf, PAIRS.clean, model.blocks[i])
-    change, (g,) = made(stream) - made(pre), written(model.hf, PAIRS.clean, [m.g_lora])
-    def into(x): return x + (change*torch.isin(torch.arange(2), torch.tensor(heads))[:, None]).flatten(2)*g
-    with hooks((m.o_proj, into)): return plain(model, PAIRS.clean)
+        return (r*k*m.r_k).sum(3, keepdim=True)*v, seen.calls[i][0][4]
+    (new, kappa), (old, _), (g,) = made(stream), made(None), written(model.hf, PAIRS.clean, [m.g_lora])
+    def into(x): return x + ((new - old)*some).flatten(2)*g
+    with called(model, i, 'rwkv7_scan') as seen, hooks((m.o_proj, into)):
+        rule = seen.change
+        seen.change = lambda v, k, r, log_w, own, *more: rule(v, k, r, log_w, torch.where(some, kappa, own), *more)
+        return plain(model, PAIRS.clean)
 
 
 @torch.no_grad()
@@ -446,31 +464,31 @@ def output_gate(model, i, stream, heads):
     with hooks((q, put)): return plain(model, PAIRS.clean)
 
 
+def unit(x): return x/(x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
 @torch.no_grad()
-def write_rate(model, i, stream, heads):
-    "Delta nets write beta v and erase beta k: with values times beta'/beta the writes alone are those of another rate."
-    home, betas = sys.modules[type(model.hf).__module__], []
-    name = next(n for n in ('torch_chunk_gated_delta_rule', 'chunk_kimi_delta_attention') if hasattr(home, n))
-    rule = getattr(home, name)
-    def run(ids, change=None):
-        "Bare logits; the rates of all blocks in their order."
-        betas.clear()
-        def seen(q, k, v, *, beta, **kw):
-            betas.append(beta)
-            if change is not None and len(betas) == i + 1: v = v*change[..., None]
-            return rule(q, k, v, beta=beta, **kw)
-        with pytest.MonkeyPatch.context() as mp:
-            mp.setattr(home, name, seen)
-            out = plain(model, ids)
-        return out, betas[i]
-    def into(x): return stream
-    with hooks((model.blocks[i], into)): new = run(PAIRS.clean)[1]
-    change = torch.where(torch.isin(torch.arange(4), torch.tensor(heads)), new/run(PAIRS.clean)[1], 1)
-    return run(PAIRS.clean, change)[0]
+def rate_and_look_up(model, i, stream, heads):
+    "Delta nets write beta v where k says, and take away beta k times what k looks up: ports are v, k of the write, and beta k; beta of the write and the k that looks up are not."
+    rules, some = ('torch_chunk_gated_delta_rule', 'chunk_kimi_delta_attention'), torch.isin(torch.arange(4), torch.tensor(heads))
+    with called(model, i, *rules) as seen: written(model.hf, PAIRS.clean, [], model.blocks[i], stream)
+    (_, look, _), rate = seen.calls[i][0], seen.calls[i][1]['beta']
+    def change(q, k, v, *, g, beta, **kw):
+        q, k, new = (unit(x).repeat_interleave(4//x.shape[2], 2) for x in (q, k, look))
+        new, write, S, y = torch.where(some[:, None], new, k), torch.where(some, rate, beta), v.new_zeros(1), []
+        for t in range(v.shape[1]):
+            S = S*g[:, t].exp().view(*g.shape[:1], 4, -1, 1)
+            found = (S*new[:, t, :, :, None]).sum(2)
+            S = S + k[:, t, :, :, None]*(write[:, t, :, None]*v[:, t] - beta[:, t, :, None]*found)[:, :, None]
+            y.append((S*q[:, t, :, :, None]).sum(2)*q.shape[3]**-.5)
+        return torch.stack(y, 1), None
+    with called(model, i, *rules) as seen:
+        seen.change = change
+        return plain(model, PAIRS.clean)
 
 
-RESTS = [('rwkv7', 0, bonus), ('rwkv7', 1, bonus), ('qwen3-5', 3, output_gate), ('qwen3-next', 3, output_gate), ('qwen3-5', 1, write_rate),
-         ('qwen3-next', 0, write_rate), ('olmo-hybrid', 2, write_rate), ('kimi-linear', 1, write_rate)]
+RESTS = [('rwkv7', 0, bonus_and_look_up), ('rwkv7', 1, bonus_and_look_up), ('qwen3-5', 3, output_gate), ('qwen3-next', 3, output_gate), ('qwen3-5', 1, rate_and_look_up),
+         ('qwen3-next', 0, rate_and_look_up), ('olmo-hybrid', 2, rate_and_look_up), ('kimi-linear', 1, rate_and_look_up)]
 
 
 def rest_of(model, g, i):
@@ -479,13 +497,12 @@ def rest_of(model, g, i):
     return rest, [k for k, n in enumerate(g.nodes) if n.kind == 'head' and n.block == i and n.branch == g.nodes[rest].branch]
 
 
-@pytest.mark.parametrize('lags', [False, True], ids=['whole', 'lags'])
 @pytest.mark.parametrize('name, i, way', RESTS)
 @torch.no_grad()
-def test_what_is_heard_beside_the_ports_by_hand(name, i, way, lags):
-    "All that enters it, the edge of one writer, and the edge to one head."
+def test_what_is_heard_beside_the_ports_by_hand(name, i, way):
+    "All that enters it, the edge of one writer, and the edge to one head; ports by lag in second blocks."
     model = load_model(f'mock://{name}-tiny')
-    g, (first, block) = model_graph(model, lags), (model.blocks[0], model.blocks[i])
+    g, (first, block) = model_graph(model, lags=i == 1), (model.blocks[0], model.blocks[i])
     rest, heads = rest_of(model, g, i)
     (e, pre), (e2, pre2) = (heard(model.hf, ids, first, block) for ids in (PAIRS.clean, PAIRS.corrupt))
     everyone, clean = [*range(len(heads))], plain(model, PAIRS.clean)
@@ -495,6 +512,24 @@ def test_what_is_heard_beside_the_ports_by_hand(name, i, way, lags):
     for cut, stream, mine in cases:
         want = way(model, i, stream, mine)
         assert near(run_edges(model, PAIRS, g, ~cut), want) and not near(want, clean, 1e-4), int(cut.sum())
+
+
+@torch.no_grad()
+def test_a_shared_key_and_an_output_gate_together():
+    "One head of two loses the key, all lose the gate: of a run with both the columns of that head, the others of a run with the gate alone."
+    model = load_model('mock://qwen3-5-tiny')
+    g, block = model_graph(model), model.blocks[3]
+    m, (pre2,) = block.self_attn, heard(model.hf, PAIRS.corrupt, block)
+    (gate, key), seen = written(model.hf, PAIRS.corrupt, [m.q_proj, m.k_proj]), []
+    def gated(out): return torch.cat([out.unflatten(2, (4, 2, 8))[:, :, :, :1], gate.unflatten(2, (4, 2, 8))[:, :, :, 1:]], 3).flatten(2)
+    def keyed(out): return torch.cat([key[..., :8], out[..., 8:]], -1)
+    for more in ((), ((m.k_proj, keyed),)):
+        with hooks((m.q_proj, gated), *more): seen.append(heard(model.hf, PAIRS.clean, m.o_proj)[0])
+    def into(x): return torch.cat([seen[0][..., :8], seen[1][..., 8:16], seen[0][..., 16:]], -1)
+    with hooks((m.o_proj, into)): want = plain(model, PAIRS.clean)
+    keep = g.edges[:, 1] != g.index['3.attn.rest']
+    keep[g.edge('3.attn.k[0]->3.attn[1]')] = False
+    assert near(run_edges(model, PAIRS, g, keep), want) and not near(output_gate(model, 3, pre2, [0, 1, 2, 3]), want, 1e-4)
 
 
 # -- exact scores --------------------------------------------------------------------------
