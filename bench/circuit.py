@@ -111,8 +111,8 @@ def eap(o):
         calls = {'run': partial(run, model, pairs), 'eap': partial(attribute, model, pairs, graph, **EAP),
                  'ig': partial(attribute, model, pairs, graph, method='eap-ig', progress=False)}
         t = alternate(calls, o.seconds, 3)
-        rows.append(dict(model=name, edges=len(graph), run_ms=t['run']*1e3, eap_ms=t['eap']*1e3, x_run=t['eap']/t['run'],
-                         ig5_ms=t['ig']*1e3, x_run_ig=t['ig']/t['run']))
+        rows.append(dict(model=name, edges=len(graph), run_ms=t['run']*1e3, eap_ms=t['eap']*1e3,
+                         x_run=t['eap']/t['run'], ig5_ms=t['ig']*1e3, x_run_ig=t['ig']/t['run']))
         print('.', end='', flush=True)
     table(rows, o, f'scores of all edges, {len(pairs)} prompts')
 
@@ -161,7 +161,8 @@ def put(model, n, value, x, where):
     "A head's part of what passes its site, exchanged."
     if n.heads is None: return value
     new, many = x.clone(), model.sizes['q_head' if n.branch == 'attn' else 'head']
-    for h in n.heads: new.flatten(2).unflatten(2, (many, -1))[:, :, h] = value.flatten(2).unflatten(2, (many, -1))[:, :, h]
+    by_head = lambda v: v.flatten(2).unflatten(2, (many, -1))
+    for h in n.heads: by_head(new)[:, :, h] = by_head(value)[:, :, h]
     return new
 
 

@@ -288,7 +288,7 @@ class _Attribution:
         "What a port's change does through one head."
         port, head = self.graph.nodes[p], self.graph.nodes[k]
         sole = port.heads is None or head.heads is None or self._served(port) == 1
-        if port.port == 'rest': return self._of_head(way, p, k, heard, grads, moved)
+        if port.port == 'rest': return self._beside(way, p, k, heard, grads, moved, into)
         if port.lag is not None:
             if sole: return into[way.ports.index(p)]
             return self._of_head(way, p, k, heard, grads, moved)
@@ -299,6 +299,18 @@ class _Attribution:
         return self.moved.of(port, port.heads if port.branch == 'attn' or sole else head.heads)
 
     cached = None, None
+
+    def _beside(self, way, p: int, k: int, heard, grads, moved, into) -> Tensor:
+        "What a head hears beside its ports: all that enters it, less what enters the ports that are its own."
+        head, nodes = self.graph.nodes[k], self.graph.nodes
+        ports = [i for i, q in enumerate(way.ports) if nodes[q].branch == head.branch and nodes[q].port != 'rest']
+        if any(self._served(nodes[way.ports[i]]) > 1 for i in ports):
+            return self._of_head(way, p, k, heard, grads, moved)
+        z, many = grads[head.site], self.heads_of(head)
+        z = only_heads(z.flatten(2).unflatten(2, (many, -1)), head.heads).view(z.shape)
+        v = heard.rows(way.pre, back([heard[head.site]], [z], heard[way.pre]))*moved[way.pre]
+        v = (v.sum((0, 2)) if self.by_position else v.sum()).cpu()
+        return v - sum(into[i] for i in ports if nodes[way.ports[i]].heads == head.heads)
 
     def _of_head(self, way, p: int, k: int, heard, grads, moved) -> Tensor:
         "What enters a port and goes through one head alone."
