@@ -17,7 +17,7 @@ from .attribute import Scores, check_ablation, instead, means
 from .edit import Edit
 from .graph import Graph, model_graph
 from .hook import HookedModel
-from .pairs import Metric, Pairs, ends, metric_of
+from .pairs import Metric, Pairs, answers_only, ends, metric_of
 from .patching import above
 from .subgraph import Plan, Start, exchanged, run_plan, start_of
 
@@ -106,8 +106,9 @@ def _exchanged(model, graph: Graph, b: Pairs, other, start: Start, nodes: list[i
         return Edit(site, _put, label='exchange')
     pre = start.hidden[block][:, model.meta:]
     edits = [_edit(site) for site in dict.fromkeys(graph.nodes[i].site for i in nodes)]
-    with above(model, block, start.hidden[block].repeat(len(nodes), 1, 1), start.returned):
+    hidden = start.hidden[block].repeat(len(nodes), 1, 1)
+    with above(model, block, hidden, start.returned), answers_only(model, b):
         out = model.run(b.clean.repeat(len(nodes), 1), edit=edits).logits
-    return [b.last(rows) for rows in out.split(len(b))]
+    return [rows[:, 0].float() for rows in out.split(len(b))]
 
 def _by_head(v: Tensor, many: int) -> Tensor: return v.flatten(2).unflatten(2, (many, -1))

@@ -17,7 +17,7 @@ from .attribute import check_ablation, instead, means
 from .edit import Edit
 from .graph import Graph, model_graph, shares
 from .hook import HookedModel
-from .pairs import Pairs
+from .pairs import Pairs, answers_only
 from .patching import above
 
 # %% ../nbs/64_subgraph.ipynb #plan
@@ -298,8 +298,10 @@ def run_plan(
             hidden = start.hidden[min(plan.first, model.n_layers - 1)]
             if plan.first < model.n_layers:
                 stack.enter_context(above(model, plan.first, hidden.repeat(n, 1, 1), start.returned))
+        stack.enter_context(answers_only(model, b))
         out = model.run(b.clean.repeat(n, 1), edit=run.edits())
-    return b.last(out.logits[:len(b)] if last is None else out.logits[run.rows(plan.at[nodes[-1].reads][last])])
+    rows = slice(len(b)) if last is None else run.rows(plan.at[nodes[-1].reads][last])
+    return out.logits[rows, 0].float()
 
 def _same_beside(batch: int, copies: int) -> Callable:
     "What blocks hand on beside the stream (shared keys, first values) is that of the first copy for all."

@@ -185,7 +185,7 @@ def test_a_story_adds_up_to_the_exchange_of_the_read_outs(name):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         c = extract_circuit(model, pairs, method='eap', budgets=(1.,), progress=False)
-    story = trace_state(c, heads=2, steps=16)
+    story = trace_state(c, heads=2, steps=64)
     for h, effect, carried, front in zip(story.heads, story.effects, story.carried, story.front):
         node = c.graph.nodes[c.graph.index[h]]
         site = f'blocks.{node.block}.ssm.y'
