@@ -209,7 +209,7 @@ def _of_rwkv7(p: Recall):
     some = {h: None if h == p.carrier else False for h in heads}
     for s, lags in (('decay', 1), ('erase', 2), ('gate', 1)):
         labels |= {f'{at}.{s}[{h}]@{k}': some[h] if k == lags - 1 else False for h in heads for k in range(lags)}
-    labels |= {f'{at}[{h}]': h == p.carrier for h in heads} | {'0.mlp': False}
+    labels |= {f'{at}[{h}]': h == p.carrier for h in heads} | {'0.mlp': False, f'{at}.rest': None}
     return hf, labels, 'the removal takes away the value that a key had before'
 
 _BUILDERS['delta'] = _of_rwkv7

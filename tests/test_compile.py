@@ -121,7 +121,7 @@ def test_ports_are_in_the_circuit_where_they_are_labelled(via):
     for node in dict.fromkeys(n.partition('@')[0] for n in c.labels):
         block, _, rest = node.partition('.')
         branch, _, port = rest.partition('.')
-        if branch not in ('ssm', 'attn') or not port: continue
+        if branch not in ('ssm', 'attn') or port in ('', 'rest'): continue
         port, _, h = port.rstrip(']').partition('[')
         site, label = f'blocks.{block}.{branch}.{port}', c.label(node)
         heads = None if not h or port in 'BC' and via != 'delta' else [int(h)]
