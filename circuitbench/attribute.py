@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .edit import patch
 from .frozen import frozen_norms
-from .graph import Graph, Node, model_graph, shares
+from .graph import Graph, Node, graph_of, shares
 from .hook import HookedModel
 from .pairs import Metric, Pairs, metric_of
 from .readers import Heard, Way, back, only_heads
@@ -110,8 +110,7 @@ def attribute(
     Raises ValueError for a graph of another model, an unknown method or ablation, and gradients that are not finite.
     """
     check_ablation(ablation)
-    graph = model_graph(model) if graph is None else graph
-    if graph.model != model.name: raise ValueError(f'got a graph of {graph.model}, expected one of {model.name}')
+    graph = graph_of(model, graph)
     if method not in METHODS: raise ValueError(f'got method={method!r}, expected one of {list(METHODS)}')
     if not (isinstance(steps, int) and steps > 0): raise ValueError(f'got steps={steps!r}, expected 1 or more')
     if by_position and int(pairs.at.min()) != int(pairs.at.max()):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .attribute import Scores, check_ablation, instead, means
 from .edit import Edit
-from .graph import Graph, model_graph
+from .graph import Graph, graph_of
 from .hook import HookedModel
 from .pairs import Metric, Pairs, answers_only, ends, metric_of
 from .patching import above
@@ -39,8 +39,7 @@ def exact(
     Raises ValueError for a graph of another model, or an unknown ablation.
     """
     check_ablation(ablation)
-    graph = model_graph(model) if graph is None else graph
-    if graph.model != model.name: raise ValueError(f'got a graph of {graph.model}, expected one of {model.name}')
+    graph = graph_of(model, graph)
     measure, names = metric_of(metric, model, pairs), exchanged(graph)
     mean = means(model, pairs, names) if ablation == 'mean' else None
     wanted = list(range(len(graph))) if edges is True else [] if edges is False else list(edges)

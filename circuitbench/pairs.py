@@ -102,7 +102,8 @@ def as_pairs(
         if any(p.corrupt is None or p.wrong is None for p in prompts):
             raise ValueError('got a prompt without a counterfactual, expected corrupt= and wrong= with each')
         answers = ([p.target for p in prompts], [p.wrong for p in prompts])
-        clean, other = (_rows(model, [getattr(p, k) for p in prompts], t) for k, t in zip(('text', 'corrupt'), answers))
+        texts = ([getattr(p, k) for p in prompts] for k in ('text', 'corrupt'))
+        clean, other = (_cases(model, t, a) for t, a in zip(texts, answers))
         return _joined(model, clean, other, f'counterfactuals of {prompts[0].kind or "the task"}')
     if target is None: raise ValueError('got no target, expected what should follow the prompt')
     clean, note = _cases(model, prompt, target), ''
@@ -114,11 +115,8 @@ def as_pairs(
         other = [(ids, w) for (ids, _), w in zip(other, _wrong(model, prompt, wrong, other, clean))]
     return _joined(model, clean, other, note or 'counterfactuals as given')
 
-def _rows(model, texts: list[str], answers: list[str]) -> list[tuple[tuple[int, ...], int]]:
-    "Ids of some prompts, each with the first token of its answer."
-    return [(c.prompt, c.target[0]) for c in cases(model, texts, answers)]
-
 def _cases(model, prompt, target) -> list[tuple[tuple[int, ...], int]]:
+    "Ids of some prompts, each with the first token of its answer."
     return [(c.prompt, c.target[0]) for c in cases(model, prompt, target)]
 
 def _wrong(model, prompt, wrong, other, clean) -> list[int]:

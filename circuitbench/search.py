@@ -15,19 +15,13 @@ from tqdm import tqdm
 
 from .attribute import Scores, attribute, check_ablation, instead, means
 from .edit import Edit, add
-from .graph import Graph, Node, model_graph, shares
+from .graph import Graph, Node, graph_of, shares
 from .hook import HookedModel
 from .listen import Cache
 from .pairs import Metric, Pairs, ends, metric_of
 from .subgraph import Plan, exchanged, run_plan, start_of
 
 # %% ../nbs/66_search.ipynb #acdc
-def _checked(model: HookedModel, graph: Graph | None) -> Graph:
-    "A graph of the model; ValueError for one of another."
-    graph = model_graph(model) if graph is None else graph
-    if graph.model != model.name: raise ValueError(f'got a graph of {graph.model}, expected one of {model.name}')
-    return graph
-
 def _positive(**numbers):
     for name, v in numbers.items():
         if not v > 0: raise ValueError(f'got {name}={v}, expected more than 0')
@@ -81,7 +75,7 @@ def acdc(
     """
     check_ablation(ablation)
     _positive(threshold=threshold)
-    graph = _checked(model, graph)
+    graph = graph_of(model, graph)
     shown = torch.ones(len(graph), dtype=torch.bool) if begin is None else begin.cpu().clone()
     if shown.shape != (len(graph),): raise ValueError(f'got {tuple(shown.shape)} edges, expected ({len(graph)},)')
     runs = _Runs(model, graph, pairs, metric_of(metric, model, pairs), ablation, tokens)
@@ -147,7 +141,7 @@ def learned_masks(
     check_ablation(ablation)
     _positive(steps=steps, lr=lr, share=share, price=price, start=start)
     if start >= 1: raise ValueError(f'got start={start}, expected less than 1')
-    graph, measure = _checked(model, graph), metric_of(metric, model, pairs)
+    graph, measure = graph_of(model, graph), metric_of(metric, model, pairs)
     names, closed, (whole, gone) = exchanged(graph), _unmasked(graph), ends(model, pairs, measure)
     free, span = (~closed).nonzero()[:, 0], max(float((whole - gone).abs().mean()), 1e-6)
     copies = Plan(graph, torch.full((len(graph),), .5)).copies
@@ -223,7 +217,7 @@ def eap_ig_activations(
     Raises ValueError for a graph of another model, and for steps that are not positive.
     """
     _positive(steps=steps)
-    graph, measure = _checked(model, graph), metric_of(metric, model, pairs)
+    graph, measure = graph_of(model, graph), metric_of(metric, model, pairs)
     groups, done = _together(graph), 0
     sites = list(dict.fromkeys([*exchanged(graph), *(f'blocks.{i}.resid_pre' for i in range(model.n_layers))]))
     edges, nodes, clean, corrupt = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), 0., 0.
@@ -287,7 +281,7 @@ def flow_routes(
     progress: bool = True,
 ) -> Scores:
     "Information-flow routes (Ferrando & Voita 2024): how much of what is read in the end comes over each edge."
-    graph, measure = _checked(model, graph), metric_of(metric, model, pairs)
+    graph, measure = graph_of(model, graph), metric_of(metric, model, pairs)
     clean, corrupt = (float(v.mean()) for v in ends(model, pairs, measure))
     edges, nodes, into, done = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), {}, 0
     for e, (a, b) in enumerate(graph.edges.tolist()): into.setdefault(b, []).append((e, a))
@@ -343,7 +337,7 @@ def grad_drop(
 
     After an interrupt from the pairs that were done. Raises ValueError for a graph of another model.
     """
-    graph, measure, many = _checked(model, graph), metric_of(metric, model, pairs), model.n_layers
+    graph, measure, many = graph_of(model, graph), metric_of(metric, model, pairs), model.n_layers
     options = dict(graph=graph, metric=measure, method='eap', frozen=frozen, progress=False)
     edges, nodes, clean, corrupt, done = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), 0., 0., 0
     drops = [None]*(plain or many == 1) + [*range(many)]*(many > 1)

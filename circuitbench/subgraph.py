@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attribute import check_ablation, instead, means
 from .edit import Edit
-from .graph import Graph, model_graph, shares
+from .graph import Graph, graph_of, shares
 from .hook import HookedModel
 from .pairs import Pairs, answers_only
 from .patching import above
@@ -27,7 +27,7 @@ class Plan:
         nodes, self.graph = graph.nodes, graph
         self.place = {w: i for i, w in enumerate(graph.writers)}           # of a writer among all
         self.soft, lost = keep.is_floating_point(), (1 - keep if keep.is_floating_point() else ~keep)
-        self.streams, self.first = {}, None                                # stage -> weights of what is exchanged
+        self.streams = {}                                                  # stage -> weights of what is exchanged
         of, edges = {}, graph.edges.tolist()
         ends = torch.searchsorted(graph.edges[:, 1].contiguous(), torch.arange(len(nodes) + 1)).tolist()
         for r in graph.readers:
@@ -243,7 +243,7 @@ def run_edges(
     Raises ValueError for a graph of another model, and for as many edges as there are not.
     """
     check_ablation(ablation)
-    if graph.model != model.name: raise ValueError(f'got a graph of {graph.model}, expected one of {model.name}')
+    graph_of(model, graph)
     if keep.shape != (len(graph),): raise ValueError(f'got {tuple(keep.shape)} edges, expected ({len(graph)},)')
     plan, names = Plan(graph, keep.cpu()), exchanged(graph)
     if ablation == 'mean' and mean is None: mean = means(model, pairs, names)
