@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_circuit import bare, rest
+from test_sweep import bare, rest
 
 from circuitbench.load import load_model
 from circuitbench.sae import SAE, SAEConfig
