@@ -15,7 +15,6 @@ from pathlib import Path
 
 import anywidget
 import torch
-from IPython.display import display
 from torch import Tensor
 from traitlets import Bytes, Int, Unicode, validate
 
@@ -25,7 +24,7 @@ from .file import beside, packed, read_record
 from .hook import HookedModel
 from .patching import StatePatches, base_run
 from .pictures import one_picture, pictures, read_alone
-from .view import save_page
+from .view import Still, save_page
 
 # %% ../nbs/57_film.ipynb #StateFilm
 _FORMAT = 'circuitbench.state_film'
@@ -261,7 +260,7 @@ def _player(film: StateFilm, **start) -> str:
     return (f'<div id="film">{film_view(film, *begin.values())}</div>{text("data", film.to_bytes())}'
             f'{text("ramps", _RAMPS)}<script type="module">{_MODULE.read_text(encoding="utf-8")}\n{call}</script>')
 
-class StateInspector(anywidget.AnyWidget):
+class StateInspector(Still, anywidget.AnyWidget):
     "Plays a film of states; `layer`, `step` and `head` follow what is chosen, and can be set."
     _esm, _css = _MODULE.read_text(encoding='utf-8'), STYLE[len('<style>'):-len('</style>')]
     data, ramps = Bytes().tag(sync=True), Bytes(_RAMPS).tag(sync=True)
@@ -302,16 +301,3 @@ class StateInspector(anywidget.AnyWidget):
 
     def __repr__(self):
         return f'StateInspector(layer {self.layer} · step {self.step} · head {self.head} of {self.film!r})'
-
-    def _repr_mimebundle_(self, **kwargs):
-        "The live widget, and the still picture for where there is no kernel."
-        live, about = super()._repr_mimebundle_(**kwargs)
-        still = wrap(f'<div class="still">{self.html}</div>', tag='div')
-        return live | {'text/plain': repr(self), 'text/html': still}, about
-
-    def _ipython_display_(self):
-        "Shows the widget and after it the still picture, which the style hides while the widget is alive."
-        (both, about), empty = self._repr_mimebundle_(), {'text/html': ''}
-        still = {k: v for k, v in both.items() if 'widget' not in k}
-        display(both | empty, raw=True, metadata=about)
-        display(still, raw=True)

@@ -407,7 +407,7 @@ def test_play_walks_its_slider():
 
 def test_saved_output_shows_without_a_kernel():
     i = cv.Inspector(Counted(), 'My <title>', layer=(0, 20))
-    saved = i._repr_mimebundle_()
+    saved, _ = i._repr_mimebundle_()
     assert set(saved) >= {'text/html', 'text/plain', 'application/vnd.jupyter.widget-view+json'}
     assert all(s in saved['text/html'] for s in ('2.0.x', 'layer 2', 'My &lt;title&gt;'))
     assert saved['text/plain'] == 'Inspector(My <title>, layer 2)' and saved['text/html'].count(cv.STYLE) == 1
