@@ -161,7 +161,8 @@ class Detection:
     def __repr__(self):
         def _mean(x):
             x = torch.tensor(x, dtype=torch.float64)
-            return f'{x.mean():.3f} ± {1.96*x.std()/len(x)**.5:.3f}' if len(x) > 1 else ', '.join(f'{v:.3f}' for v in x)
+            if len(x) < 2: return ', '.join(f'{v:.3f}' for v in x)
+            return f'{x.mean():.3f} ± {1.96*x.std()/len(x)**.5:.3f}'
         gain = [a - b for a, b in zip(self.found, self.other)]
         rows = ('own label', self.found), ("another's label", self.other), ('difference', gain)
         head = f'Balanced accuracy of {len(self.latents):,} labels, mean and 95% interval over latents'

@@ -156,13 +156,17 @@ class Features:
         self,
         weight: Tensor,  # (row, d_model), written
         rows: Tensor,  # (row, feature)
-    ): weight.copy_(rows @ self.basis)
+    ):
+        "Sets what rows of a weight read from each feature."
+        weight.copy_(rows @ self.basis)
 
     def writes(
         self,
         weight: Tensor,  # (d_model, column), written
         columns: Tensor,  # (feature, column)
-    ): weight.copy_(self.basis.T @ columns)
+    ):
+        "Sets what columns of a weight add to each feature."
+        weight.copy_(self.basis.T @ columns)
 
     def blank(self, rows: int) -> Tensor: return torch.zeros(rows, len(self.basis))
 
