@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .apart import apart, into_stream
 from .edit import patch
 from .frozen import frozen_norms
-from .graph import Graph, Node, graph_of, shares
+from .graph import Graph, Node, graph_of, heads_at, shares
 from .hook import HookedModel
 from .pairs import Metric, Pairs, metric_of
 from .readers import Heard, Way, back, only_heads
@@ -144,8 +145,7 @@ class _Products:
         if n.site not in self.known or n.branch == 'block':
             change = self.run._block_change(n, self.moved) if n.branch == 'block' else self.moved[n.site]
             v = (change*self.rows[n.site]).sum(0).flatten(1)
-            many = 1 if n.kind not in ('port', 'head') or n.heads is None else self.run.heads_of(n)
-            self.known[n.site] = v.unflatten(1, (many, -1)).sum(2)
+            self.known[n.site] = v.unflatten(1, (heads_at(self.run.model, n), -1)).sum(2)
         v, heads = self.known[n.site], n.heads if heads is None else heads
         return v.sum(1) if heads is None else v[:, list(heads)].sum(1)
 
@@ -157,7 +157,9 @@ class _Attribution:
         self.ways = [Way(model, graph, i) for i in range(model.n_layers)]
         nodes = graph.nodes
         self.written = list(dict.fromkeys(n.site for n in nodes if n.kind != 'logits'))
-        stream = [f'blocks.{n.block}.resid_{"mid" if n.reads % 2 else "pre"}' for n in nodes if n.kind == 'whole']
+        self.taken = {n.site: n for n in nodes if n.kind == 'latent'}      # sites that are taken apart, a node of each
+        self.parts = {}                                                    # and the changes of their parts
+        stream = [n.stream for n in nodes if n.kind in ('whole', 'latent')]
         self.read = list(dict.fromkeys([*self.written, *(s for w in self.ways for s in w.sites), *stream,
                                         nodes[-1].site]))
         if graph.lags or graph.beside or any(n.branch == 'block' for n in nodes):
@@ -173,7 +175,7 @@ class _Attribution:
 
     def add(self, b: Pairs, alphas: Sequence[float]):
         "The scores of a batch, each step of the integral a run; the first of them is clean."
-        model, ids, first = self.model, b.clean, self.graph.nodes[0].site
+        model, ids, graph, first = self.model, b.clean, self.graph, self.graph.nodes[0].site
         clean = moved = None
         with torch.no_grad(): other, gone = self._other(b)
         self.corrupt += float(self.metric(b.last(gone), b).sum())
@@ -186,6 +188,7 @@ class _Attribution:
             if clean is None:
                 clean = {n: cache[n].detach() for n in self.written}
                 moved = {n: v - other[n] for n, v in clean.items()}
+                self.parts = {s: apart(graph, n, clean[s]) - apart(graph, n, other[s]) for s, n in self.taken.items()}
                 self.clean += float(value.detach().sum())
             self._step(b, Heard(cache), value.sum(), moved, 1/len(alphas))
 
@@ -202,26 +205,25 @@ class _Attribution:
         nodes, names = self.graph.nodes, [n for n in self.read if n in heard.paths]
         if not value.requires_grad:
             raise ValueError('got a metric that does not depend on the logits, expected one that does')
-        got = torch.autograd.grad(value, [heard[n] for n in names], retain_graph=True, allow_unused=True)
-        grads = {n: torch.zeros_like(heard[n]) if g is None else g for n, g in zip(names, got)}
+        parts = [x if isinstance(x := heard[n], tuple) else (x,) for n in names]
+        got = iter(torch.autograd.grad(value, [x for p in parts for x in p], retain_graph=True, allow_unused=True))
+        filled = [[torch.zeros_like(x) if g is None else g for x, g in zip(p, got)] for p in parts]
+        grads = {n: v[0] if len(v) == 1 else torch.cat(v, 1) for n, v in zip(names, filled)}
         rows = {n: heard.rows(n, g) for n, g in grads.items()}
         self._finite(rows)
         self.moved, added = _Products(self, moved, rows), {}               # what each writer adds, by site
         for k, n in enumerate(nodes):
             if n.kind == 'logits': self._stream([k], rows[n.site][None], moved, added, share)
             if n.kind == 'whole': self._stream([k], self._whole(n, heard, grads)[None], moved, added, share)
-            if n.kind in ('head', 'whole', 'embed') or n.kind == 'port' and not self._by_edges(n):
+            if n.kind == 'latent' and n.latent is None: self._latents(n, heard, grads, rows, moved, added, share)
+            if n.kind in ('head', 'whole', 'embed') or n.kind == 'port' and not self.graph.by_edges[k]:
                 self.nodes[k] += share*float(self.moved.of(n).sum())
         for way in self.ways:
             if not way.ports: continue
             into = self._stream(way.ports, way.gradients(heard, grads), moved, added, share)
             for p, v in zip(way.ports, into):
-                if self._by_edges(nodes[p]): self.nodes[p] += share*float(v.sum())
+                if self.graph.by_edges[p]: self.nodes[p] += share*float(v.sum())
             self._inner(way, heard, grads, moved, into, share)
-
-    def _by_edges(self, n: Node) -> bool:
-        "Is a port's score the sum of what enters? That of a lag, and of what heads hear beside their ports."
-        return self.graph.lags or n.port == 'rest'
 
     def _finite(self, rows: dict[str, Tensor]):
         for n, g in rows.items():
@@ -229,18 +231,25 @@ class _Attribution:
                 raise ValueError(f'got gradients at {n} that are not finite, expected numbers; look at the model there '
                                  'or attribute in float64')
 
-    def heads_of(self, n: Node) -> int:
-        "How many heads a node's site has."
-        return self.model.heads(n.site) or self.model.sizes['q_head' if n.branch == 'attn' else 'head']
-
     def _block_change(self, n: Node, moved) -> Tensor:
         return moved[n.site] - moved[f'blocks.{n.block}.resid_pre']
 
     def _whole(self, n: Node, heard, grads) -> Tensor:
         "The gradient in the stream of a node that reads and writes."
-        pre = f'blocks.{n.block}.resid_{"mid" if n.reads % 2 else "pre"}'
-        g = back([heard[n.site]], [grads[n.site]], heard[pre])
-        return heard.rows(pre, g - grads[n.site] if n.branch == 'block' else g)
+        g = back([heard[n.site]], [grads[n.site]], heard[n.stream])
+        return heard.rows(n.stream, g - grads[n.site] if n.branch == 'block' else g)
+
+    def _latents(self, rest: Node, heard, grads, rows, moved, added, share: float):
+        "Scores of the latents of a site, and of the edges that enter them."
+        mine = [k for k, n in enumerate(self.graph.nodes) if n.site == rest.site and n.kind == 'latent']
+        value = (self.parts[rest.site]*rows[rest.site].flatten(2)).flatten(1).sum(1)
+        self.nodes[mine] += share*value.cpu()
+        x, into, g = heard[rest.site], heard[rest.stream], grads[rest.site]
+        parts = apart(self.graph, rest, x)
+        through = [back([part], [g.flatten(2)], into) for part in parts[:-1]]
+        whole = g if rest.branch == 'stream' else back([x], [g], into)
+        G = torch.stack([heard.rows(rest.stream, v) for v in (*through, whole - sum(through))])
+        self._stream(mine, G, moved, added, share)
 
     def _stream(self, readers: list[int], G: Tensor, moved, added, share: float) -> Tensor:
         "Edges from all writers before some readers with gradients G (reader, batch, pos, d_model); sums by reader."
@@ -253,7 +262,7 @@ class _Attribution:
             same = [w for w in writers[i:] if nodes[w].site == site]
             u = added.get(site)
             if u is None:
-                u = self._added(nodes[writers[i]], len(same), moved)
+                u = self._added(nodes[writers[i]], moved)
                 if sum(v.numel() for v in added.values()) + u.numel() < 2**26: added[site] = u
             if self.by_position: parts.append(torch.einsum('wbtd,rbtd->wrt', u, G.view(len(G), *u.shape[1:])))
             else: parts.append(u.flatten(1).to(G) @ G.T)
@@ -263,12 +272,13 @@ class _Attribution:
         for j, r in enumerate(readers): self.edges[self.first[r]:self.first[r + 1]] += (share*S[:, j]).cpu()
         return S.sum(0).cpu()
 
-    def _added(self, n: Node, many: int, moved) -> Tensor:
+    def _added(self, n: Node, moved) -> Tensor:
         "What the writers of a site add to the stream, as changes: (writer, batch, pos, d_model)."
         if n.branch == 'block': return self._block_change(n, moved)[None]
+        if n.kind == 'latent': return into_stream(self.model, n, self.parts[n.site])
         v = moved[n.site]
         if n.kind != 'head' or n.heads is None: return v[None]
-        return shares(self.model, n, v, many)
+        return shares(self.model, n, v)
 
     def _inner(self, way: Way, heard, grads, moved, into: Tensor, share: float):
         "Edges from ports to their heads."
@@ -288,7 +298,7 @@ class _Attribution:
         port, head = self.graph.nodes[p], self.graph.nodes[k]
         sole = port.heads is None or head.heads is None or self._served(port) == 1
         if port.port == 'rest': return self._beside(way, p, k, heard, grads, moved, into)
-        if port.lag is not None:
+        if self.graph.by_edges[p]:
             if sole: return into[way.ports.index(p)]
             return self._of_head(way, p, k, heard, grads, moved)
         if port.branch == 'attn' and not sole:
@@ -305,20 +315,20 @@ class _Attribution:
         ports = [i for i, q in enumerate(way.ports) if nodes[q].branch == head.branch and nodes[q].port != 'rest']
         if any(self._served(nodes[way.ports[i]]) > 1 for i in ports):
             return self._of_head(way, p, k, heard, grads, moved)
-        z, many = grads[head.site], self.heads_of(head)
-        z = only_heads(z.flatten(2).unflatten(2, (many, -1)), head.heads).view(z.shape)
+        z = self._only(grads[head.site], head)
         v = heard.rows(way.pre, back([heard[head.site]], [z], heard[way.pre]))*moved[way.pre]
         v = (v.sum((0, 2)) if self.by_position else v.sum()).cpu()
         return v - sum(into[i] for i in ports if nodes[way.ports[i]].heads == head.heads)
+
+    def _only(self, z: Tensor, head: Node) -> Tensor:
+        "A gradient at the site of heads with all but one at 0."
+        return only_heads(z.flatten(2).unflatten(2, (heads_at(self.model, head), -1)), head.heads).view(z.shape)
 
     def _of_head(self, way, p: int, k: int, heard, grads, moved) -> Tensor:
         "What enters a port and goes through one head alone."
         head, key = self.graph.nodes[k], (way.block, k, id(heard))
         if self.cached[0] != key:
-            z, mine = grads[head.site], head.heads
-            if mine is not None:
-                many = self.heads_of(head)
-                z = only_heads(z.flatten(2).unflatten(2, (many, -1)), mine).view(z.shape)
+            z, mine = self._only(grads[head.site], head), head.heads
             grads = grads | {head.site: z}
             if head.branch == 'attn':
                 sites = {n.site for n in way.nodes if n.branch == 'attn' and n.port != 'rest'}
@@ -332,5 +342,6 @@ class _Attribution:
 
     def _served(self, port: Node) -> int:
         "How many heads a port has."
+        if port.heads is None: return 1
         if port.branch == 'ssm': return len(port.heads)
         return self.model.heads(f'blocks.{port.block}.attn.z')//self.model.heads(port.site)

@@ -7,10 +7,9 @@ __all__ = ['Circuit', 'extract_circuit']
 
 # %% ../nbs/68_circuit.ipynb #imports
 import json
-import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,14 +21,16 @@ from .choose import greedy, largest, pruned
 from .closeup import closeup
 from .exact import exact
 from .file import beside
-from .graph import Graph, Node, model_graph
+from .graph import Graph, graph_of, model_graph
 from .hook import HookedModel
 from .judge import BUDGETS, Interval, bootstrap, cmd, cpr, faithfulness_of
 from .pairs import Metric, Pairs, as_pairs, ends, metric_of
+from .sae import SAE
+from .schema import from_node_link, node_link
 from .subgraph import exchanged, run_edges
 
 # %% ../nbs/68_circuit.ipynb #circuit
-_FORMAT, _VERSION = 'circuitbench.circuit', 2
+_PARTS = 'head', 'whole', 'expert', 'latent'
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
@@ -70,11 +71,11 @@ class Circuit:
         "The n layers whose heads and MLPs together move the metric most: (layer, score)."
         total = {}
         for k, v in zip(self.graph.nodes, self.nodes.tolist()):
-            if k.kind in ('head', 'whole') and v == v: total[k.block] = total.get(k.block, 0.) + v
+            if k.kind in _PARTS and v == v: total[k.block] = total.get(k.block, 0.) + v
         return sorted(total.items(), key=lambda e: -abs(e[1]))[:n]
 
     def top_nodes(self, n: int = 10, kind: str | None = None) -> list[tuple[str, float]]:
-        "The n nodes of largest magnitude, of one kind ('head', 'port', 'whole') or any: (name, score)."
+        "The n nodes of largest magnitude, of one kind, such as 'head', or any: (name, score)."
         there = [(k.name, v) for k, v in zip(self.graph.nodes, self.nodes.tolist())
                  if v == v and kind in (None, k.kind) and k.kind != 'embed']
         return sorted(there, key=lambda e: -abs(e[1]))[:n]
@@ -93,7 +94,7 @@ class Circuit:
         "What the heads and MLPs of each branch move together: 'ssm', 'attn', 'mlp'."
         total = {}
         for k, v in zip(self.graph.nodes, self.nodes.tolist()):
-            if k.kind in ('head', 'whole') and v == v: total[k.branch] = total.get(k.branch, 0.) + v
+            if k.kind in _PARTS and v == v: total[k.branch] = total.get(k.branch, 0.) + v
         return total
 
     # -- other sizes ---------------------------------------------------------------------
@@ -161,7 +162,7 @@ class Circuit:
         whole, out = share(self.keep), []
         for name in self.parts():
             k = self.graph.index[name]
-            if self.graph.nodes[k].kind not in ('head', 'whole'): continue
+            if self.graph.nodes[k].kind not in _PARTS: continue
             out.append((name, whole - share(self.keep & (self.graph.edges != k).all(1))))
         return sorted(out, key=lambda e: e[1])
 
@@ -196,17 +197,8 @@ class Circuit:
 
     # -- files ---------------------------------------------------------------------------
     def to_dict(self) -> dict:
-        "Plain data in networkx' node-link form: `networkx.node_link_graph(d, edges='edges')` reads it."
-        number = lambda x: x if math.isfinite(x) else None
-        nodes = [{'id': n.name, **asdict(n), 'port': n.port, 'score': number(v)}
-                 for n, v in zip(self.graph.nodes, self.nodes.tolist())]
-        edges = [{'source': self.graph.nodes[a].name, 'target': self.graph.nodes[b].name, 'score': number(v), 'kept': k}
-                 for (a, b), v, k in zip(self.graph.edges.tolist(), self.scores.tolist(), self.keep.tolist())]
-        pairs = {k: getattr(self.pairs, k).tolist() for k in _IDS} | {'note': self.pairs.note}
-        said = {k: getattr(self, k) for k in _SAID} | {'model': self.model, 'lags': self.graph.lags}
-        return {'format': _FORMAT, 'version': _VERSION, 'directed': True, 'multigraph': False,
-                'graph': said | {'pairs': pairs, 'graph_note': self.graph.note, 'beside': self.graph.beside},
-                'nodes': nodes, 'edges': edges}
+        "Plain data in networkx' node-link form, see `schema`: `networkx.node_link_graph(d, edges='edges')` reads it."
+        return node_link(self)
 
     def to_json(self, path: str | Path) -> Path:
         "Writes an open file, whole or not at all."
@@ -215,18 +207,20 @@ class Circuit:
         return Path(path)
 
     @classmethod
-    def from_json(cls, path: str | Path, model: HookedModel | None = None) -> 'Circuit':
-        "Reads what `to_json` wrote; ValueError for anything else, or another model's."
-        try:
-            body = json.loads(Path(path).read_text(encoding='utf-8'))
-            if (got := (body['format'], body['version'])) != (_FORMAT, _VERSION): raise ValueError(f'it says {got}')
-            out = _from_dict(cls, body)
+    def from_json(
+        cls,
+        path: str | Path,
+        model: HookedModel | None = None,  # what it is run on; None: given where it is
+        coders: Iterable[SAE] = (),  # of the sites whose latents are nodes, if any are
+    ) -> 'Circuit':
+        "Reads what `to_json` wrote; ValueError for anything else, or what is of another model or coder."
+        try: graph, own = from_node_link(json.loads(Path(path).read_text(encoding='utf-8')), coders)
         except (OSError, ValueError, TypeError, KeyError) as err:
             raise ValueError(f'got {path}, which cannot be read ({type(err).__name__}: {err}); '
                              'expected a file that Circuit.to_json wrote') from err
-        if model is not None and model.name != out.model:
-            raise ValueError(f'got the circuit of {out.model}, expected one of {model.name}')
-        return replace(out, model_=model)
+        if model is not None and model.name != graph.model:
+            raise ValueError(f'got the circuit of {graph.model}, expected one of {model.name}')
+        return cls(graph, **own, model_=model)
 
     def to_networkx(self, whole: bool = False):
         "A networkx DiGraph of the circuit's edges, or of all, with scores."
@@ -282,28 +276,9 @@ class Circuit:
         more = f', and {n} more' if n else ''
         return f'{self.prompts[0]!r} -> {self.answers[0]!r} against {self.wrong[0]!r}{more}'
 
-_IDS = 'clean', 'corrupt', 'at', 'target', 'wrong'
-_SAID = ('prompts', 'counterfactuals', 'answers', 'wrong', 'metric', 'method', 'ablation', 'clean', 'corrupt', 'curve',
-         'note')
-
 def _at_least_one(n: int) -> int:
     if not (isinstance(n, int) and n > 0): raise ValueError(f'got {n!r} edges, expected 1 or more: a circuit has edges')
     return n
-
-def _from_dict(cls, body: dict) -> Circuit:
-    "A circuit from what `to_dict` gives."
-    said, names = body['graph'], {f.name for f in fields(Node)}
-    node = lambda d: Node(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k in names})
-    nodes = tuple(map(node, body['nodes']))
-    index = {n.name: i for i, n in enumerate(nodes)}
-    edges = torch.tensor([[index[e['source']], index[e['target']]] for e in body['edges']])
-    number = lambda rows: torch.tensor([math.nan if r['score'] is None else float(r['score']) for r in rows])
-    pairs = Pairs(*(torch.tensor(said['pairs'][k]) for k in _IDS), said['pairs']['note'])
-    own = {k: tuple(said[k]) if isinstance(said[k], list) else said[k] for k in _SAID}
-    own['curve'] = tuple(map(tuple, own['curve']))
-    graph = Graph(said['model'], nodes, edges, said['lags'], said['graph_note'], tuple(said['beside']))
-    keep = torch.tensor([bool(e['kept']) for e in body['edges']])
-    return cls(graph, number(body['edges']), number(body['nodes']), keep, pairs, **own)
 
 # %% ../nbs/68_circuit.ipynb #extract
 def extract_circuit(
@@ -313,6 +288,7 @@ def extract_circuit(
     corrupt=None,  # the counterfactual, as many tokens long; None: one is made, and the note says how
     wrong=None,  # its answer; None: what the model says to it
     metric: str | Metric = 'logit_diff',  # or 'log_prob', 'kl', a function (logits, pairs) -> a number a pair
+    graph: Graph | None = None,  # of the model, such as one with `carried` steps; None: it is made
     method: str | Callable = 'eap-ig',  # or 'eap', 'exact', a function (model, pairs, graph) -> Scores
     steps: int = 5,  # of 'eap-ig'
     frozen: bool = True,  # hold norms still in the backward pass
@@ -330,7 +306,8 @@ def extract_circuit(
     check_ablation(ablation)
     if not callable(method) and method not in (*METHODS, 'exact'):
         raise ValueError(f"got method={method!r}, expected {[*METHODS, 'exact']} or a function")
-    pairs, graph = as_pairs(model, prompt, target, corrupt, wrong), model_graph(model, lags)
+    pairs = as_pairs(model, prompt, target, corrupt, wrong)
+    graph = model_graph(model, lags) if graph is None else graph_of(model, graph)
     measure = metric_of(metric, model, pairs)
     clean, empty = ends(model, pairs, measure)
     _favoured(model, pairs, metric, clean)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .chart import heatmap
 from .draw import esc, token_strip, wrap
 from .frozen import frozen_norms
-from .graph import Graph, Node
+from .graph import Graph, Node, heads_at
 from .hook import HookedModel
 from .pairs import Metric, Pairs, logit_diff
 
@@ -30,8 +30,7 @@ def node_by_position(
     grad = cache.grad(metric(pair[:1].last(out.logits), pair[:1]).sum())[site]
     v = ((cache[site].detach() - other)*grad)[0]
     if node.heads is None: return v.flatten(1).sum(1)
-    many = model.heads(site) or model.sizes['q_head' if node.branch == 'attn' else 'head']
-    return v.flatten(1).unflatten(1, (many, -1))[:, list(node.heads)].sum((1, 2))
+    return v.flatten(1).unflatten(1, (heads_at(model, node), -1))[:, list(node.heads)].sum((1, 2))
 
 def _recorded(model, pair: Pairs, site: str):
     with frozen_norms(): return model.run_with_cache(pair[:1].clean, site, grad=True)

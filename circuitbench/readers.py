@@ -11,20 +11,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .graph import Graph, Node
+from .graph import Graph, Node, heads_at
 from .hook import HookedModel
+from .site import PER_STEP, short
 
 # %% ../nbs/62_readers.ipynb #readers
 class Heard:
     "Tensors on the way of one recorded run, by site."
     def __init__(self, cache): self.cache, self.paths = cache, cache._paths
-    def __getitem__(self, name: str) -> Tensor: return self.paths[name][-1][0]
-    def rows(self, name: str, g: Tensor) -> Tensor: return self.paths[name][-1][1](g)
+    def __getitem__(self, name: str) -> Tensor | tuple[Tensor, ...]:
+        "Of a site that is met step by step, a tensor a step."
+        return tuple(x for x, _ in self.paths[name]) if short(name) in PER_STEP else self.paths[name][-1][0]
+    def rows(self, name: str, g: Tensor) -> Tensor:
+        "A gradient without the rows of meta tokens."
+        return g if short(name) in PER_STEP else self.paths[name][-1][1](g)
 
-def back(outs, grads, into: Tensor) -> Tensor:
-    "The gradient of `into` from those of some outputs; zeros where nothing leads there."
-    got = torch.autograd.grad(outs, into, grads, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(into) if got is None else got
+def back(outs, grads, into: Tensor | Sequence[Tensor]) -> Tensor:
+    "The gradient of `into` from those of some outputs; zeros where nothing leads there. Tensors a step are joined."
+    flat, along, parts = [], [], [into] if isinstance(into, Tensor) else into
+    for out, g in zip(outs, grads):
+        flat += [out] if isinstance(out, Tensor) else out
+        along += [g] if isinstance(out, Tensor) else g.split(1, 1)
+    got = torch.autograd.grad(flat, parts, along, retain_graph=True, allow_unused=True)
+    got = [torch.zeros_like(x) if g is None else g for x, g in zip(parts, got)]
+    return got[0] if len(got) == 1 else torch.cat(got, 1)
 
 def only_heads(g: Tensor, heads) -> Tensor:
     "A gradient with all heads but some at 0."
@@ -33,13 +43,18 @@ def only_heads(g: Tensor, heads) -> Tensor:
     out[:, :, list(heads)] = g[:, :, list(heads)]
     return out
 
+def _key(n: Node) -> tuple:
+    "What a port is told apart by."
+    return n.site, n.heads, n.steps or n.lag or 0
+
 class Way:
     "How gradients go from a block's ports to the stream before it."
     def __init__(self, model: HookedModel, graph: Graph, block: int):
         self.block, self.model = block, model
         self.ports = [k for k in graph.readers if graph.nodes[k].block == block and graph.nodes[k].kind == 'port']
         self.nodes = [graph.nodes[k] for k in self.ports]
-        self.pre = f'blocks.{block}.resid_pre'
+        self.many = {n.site: heads_at(model, n) for n in graph.nodes if (n.block, n.kind) == (block, 'head')}
+        self.pre, self.y = f'blocks.{block}.resid_pre', f'blocks.{block}.ssm.y'
         self.span = 1 + max((n.lag or 0 for n in self.nodes), default=0)
         point = model.points[block].get('ssm.in_proj')
         linear = model.blocks[block].get_submodule(point.module) if point and point.module else None
@@ -51,7 +66,8 @@ class Way:
     def sites(self) -> list[str]:
         "What has to be heard."
         if not self.ports: return []
-        return [self.pre, *dict.fromkeys(n.site for n in self.nodes), *([self.fused, self.mixer_in]*bool(self.linear))]
+        more = [self.y]*any(n.steps is not None for n in self.nodes) + [self.fused, self.mixer_in]*bool(self.linear)
+        return [self.pre, *dict.fromkeys(n.site for n in self.nodes), *more]
 
     def learn(self, heard: Heard):
         "The columns of the matrix that each port comes from, on a short run; none where the matrix is not alone."
@@ -63,7 +79,8 @@ class Way:
         self.scale = float((got*want).sum()/want.square().sum())
         alone = (got - self.scale*want).norm() <= 1e-4*got.norm()
         for site, heads in dict.fromkeys((n.site, n.heads) for n in self.nodes if n.branch == 'ssm'):
-            drawn = back([heard[site]], [only_heads(torch.rand_like(heard[site]) + .5, heads)], wide)
+            like = heard[site] if isinstance(heard[site], Tensor) else torch.cat(heard[site], 1)
+            drawn = back([heard[site]], [only_heads(torch.rand_like(like) + .5, heads)], wide)
             own = (drawn.flatten(0, 1).abs().amax(0) > 0).nonzero()[:, 0].tolist()
             alone = alone and used.isdisjoint(own) and len(own) > 0
             used |= {*own}
@@ -80,22 +97,32 @@ class Way:
         "Of each port in the stream: (port, batch, pos, d_model)."
         found = self._through_matrix(heard, grads, which) if self.columns else {}
         keys = dict.fromkeys((n.site, n.heads) for n in self.nodes
-                             if (n.site, n.heads) not in self.columns and n.port != 'rest')
+                             if (n.site, n.heads) not in self.columns and n.port not in ('rest', 'state'))
         for site, heads in keys:
-            chosen = which(next(n for n in self.nodes if (n.site, n.heads) == (site, heads)))
+            chosen = which(next(n for n in self.nodes if _key(n)[:2] == (site, heads)))
             g = only_heads(grads[site], chosen)
             parts = [back([heard[site]], [part], heard[self.pre]) for part in self._by_residue(g)]
             found |= {(site, heads, lag): v for lag, v in enumerate(self._by_lag(parts))}
         for n in self.nodes:
+            if n.port != 'state': continue
+            found[_key(n)] = self._carried(n, heard, grads, which(n))
+            found[n.site, n.heads, 0] = found[n.site, n.heads, 0] - found[_key(n)]
+        for n in self.nodes:
             if n.port == 'rest': found[n.site, None, 0] = self._rest(n, heard, grads, which(n), found)
-        return torch.stack([heard.rows(self.pre, found[n.site, n.heads, n.lag or 0]) for n in self.nodes])
+        return torch.stack([heard.rows(self.pre, found[_key(n)]) for n in self.nodes])
+
+    def _carried(self, n: Node, heard: Heard, grads, heads) -> Tensor:
+        "What goes from the read-out of one step to what another wrote, and from there to the stream."
+        y, write, step = heard[self.y], heard[n.site][n.steps[0]], n.steps[1] + self.model.meta
+        read = torch.zeros_like(y)
+        read[:, step] = only_heads(grads[self.y], heads)[:, step]
+        return back([write], [only_heads(back([y], [read], write), heads)], heard[self.pre])
 
     def _rest(self, n: Node, heard: Heard, grads, heads, found: dict) -> Tensor:
         "What goes from a branch's heads to the stream past their named ports."
-        many = self.model.sizes['q_head' if n.branch == 'attn' else 'head']
         g = grads[n.site]
-        if heads is not None: g = only_heads(g.flatten(2).unflatten(2, (many, -1)), heads).view(g.shape)
-        ports = {(m.site, m.heads, m.lag or 0) for m in self.nodes if m.branch == n.branch and m.port != 'rest'}
+        if heads is not None: g = only_heads(g.flatten(2).unflatten(2, (self.many[n.site], -1)), heads).view(g.shape)
+        ports = {_key(m) for m in self.nodes if m.branch == n.branch and m.port != 'rest'}
         return back([heard[n.site]], [g], heard[self.pre]) - sum(found[k] for k in ports)
 
     def _by_residue(self, g: Tensor) -> list[Tensor]:
@@ -123,7 +150,7 @@ class Way:
         split = {s: self._by_residue(grads[s] if whole[s] else only_heads(grads[s], sorted(kept[s]))) for s in sites}
         outs = [heard[s] for s in sites]
         wide = self._by_lag([back(outs, [split[s][r] for s in sites], heard[self.fused]) for r in range(self.span)])
-        asked = [(n.site, n.heads, n.lag or 0) for n in self.nodes if (n.site, n.heads) in self.columns]
+        asked = [_key(n) for n in self.nodes if (n.site, n.heads) in self.columns]
         x, pre, W = heard[self.mixer_in], heard[self.pre], (self.linear.weight*self.scale).to(wide[0])
         rows = x.new_empty(len(asked), *x.shape)
         for row, (site, heads, lag) in zip(rows, asked):

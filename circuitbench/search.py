@@ -51,6 +51,7 @@ class _Runs:
         return self.batches
 
     def value(self, keep: Tensor) -> float:
+        "The metric of the model with only these edges, mean over the pairs."
         plan, total = Plan(self.graph, keep), 0.
         for b, other, start in self._batches(plan.copies):
             total += float(self.metric(run_plan(self.model, b, plan, other, start), b).sum())
@@ -182,6 +183,7 @@ class _Edited:
     def __getattr__(self, name: str): return getattr(self._model, name)
 
     def run_with_cache(self, prompt, names=None, edit=(), grad: bool = False, **options):
+        "A run as the model's; one with gradients has the edits, and tells the clean values."
         mine = self._edits if grad and torch.equal(prompt, self._ids) else ()
         out, cache = self._model.run_with_cache(prompt, names, edit=(*edit, *mine), grad=grad, **options)
         told = {n: self._clean.get(n, v) for n, v in cache.items()} if mine else cache
@@ -262,7 +264,7 @@ def _parts(model: HookedModel, graph: Graph, cache) -> Tensor:
     for site, mine in many.items():
         n = graph.nodes[mine[0]]
         v = cache[site] - cache[f'blocks.{n.block}.resid_pre'] if n.branch == 'block' else cache[site]
-        out |= zip(mine, [v] if n.kind != 'head' or n.heads is None else shares(model, n, v, len(mine)))
+        out |= zip(mine, [v] if n.kind != 'head' or n.heads is None else shares(model, n, v))
     return torch.stack([out[w] for w in graph.writers])
 
 def _read_at(n: Node, flow: Tensor) -> Tensor:

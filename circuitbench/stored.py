@@ -23,7 +23,7 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .edit import Meta, check_at, positions
@@ -213,11 +213,12 @@ def _names(model, sites, layers) -> list[str]:
     return [n for n in names if n in MODEL_SITES or block(n) in layers]
 
 def weights_hash(
-    model: HookedModel,
+    model: HookedModel | nn.Module,
 ) -> str:
     "A hash of all weights, to tell models apart: the sum of the bits of each, and some of its numbers."
-    seen, ints = hashlib.sha256(), {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, p in chain(model.hf.named_parameters(), model.hf.named_buffers()):
+    module, seen = getattr(model, 'hf', model), hashlib.sha256()
+    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, p in chain(module.named_parameters(), module.named_buffers()):
         seen.update(f'{name} {tuple(p.shape)} {p.dtype} '.encode())
         if p.is_meta or p.element_size() not in ints or not p.numel(): continue
         bits = p.detach().contiguous().view(-1).view(ints[p.element_size()])

@@ -132,10 +132,9 @@ def test_the_writers_sum_to_the_stream(family, graphs):
     for n in g.nodes:
         if n.kind not in ('head', 'whole') or n.site in done: continue
         done.add(n.site)
-        some = [m for m in g.nodes if m.site == n.site and m.kind == n.kind]
         if n.branch == 'block': total += cache[n.site] - cache[f'blocks.{n.block}.resid_pre']
         elif n.heads is None: total += cache[n.site]
-        else: total += shares(family, n, cache[n.site], len(some)).sum(0)
+        else: total += shares(family, n, cache[n.site]).sum(0)
     last = cache[f'blocks.{family.n_layers - 1}.resid_post']
     assert (total - last).abs().max() <= 1e-5*last.abs().max()
 
@@ -207,7 +206,7 @@ def test_the_share_of_a_head_is_its_columns():
     handle.remove()
     W = model.blocks[1].mixer.out_proj.weight
     want = seen[0][..., 32:48] @ W[:, 32:48].T
-    assert torch.allclose(shares(model, n, seen[0], 4)[2], want, atol=1e-6)
+    assert torch.allclose(shares(model, n, seen[0])[2], want, atol=1e-6)
 
 
 # -- small things --------------------------------------------------------------------------
