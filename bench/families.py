@@ -33,7 +33,7 @@ SIZES = {                                            # four blocks of d_model 51
     'zamba2': dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=8,
                    n_mamba_heads=16, mamba_d_state=64, mamba_ngroups=1, chunk_size=256),
     'nemotron-h': dict(ATTENTION, head_dim=64, mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=64, n_groups=1,
-                       chunk_size=256),
+                       chunk_size=256, layers_block_type=['mamba', 'mlp', 'attention', 'mamba']),
     'granite-hybrid': dict(ATTENTION, num_hidden_layers=4, shared_intermediate_size=1024,
                            layer_types=['linear_attention', 'full_attention'] + ['linear_attention']*2) | SSD,
     'qwen3-next': DELTA | dict(moe_intermediate_size=256, shared_expert_intermediate_size=256), 'qwen3-5': DELTA,

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .attach import attach, keep_padding_out
+from .attach import attach, attach_experts, keep_padding_out
 from .listen import Listener, Tap
 from .seam import home, swapped
 from .site import MODEL_SITES, short
@@ -108,6 +108,7 @@ def _hook_site(model, name: str, ear: Listener, now, hook):
             new = hear(shown)
             return gate if new is shown else new.reshape(gate.shape)
         model.adapter.gate(block.get_submodule(points['ssm'].module), _hear, hook)
+    elif site == 'mlp.experts': attach_experts(block, points[site], hear, axes, lambda: ear.rows, hook)
     elif site in points:
         shared = id(block.get_submodule(points[site].module)) in model.shared
         elsewhere = (lambda: model.blocks[now.block] is not block) if shared else lambda: False

@@ -15,7 +15,7 @@ SHAPES = {
     'falcon-h1': [{}, dict(mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_proj_bias=True, attention_bias=True, mlp_bias=True, projectors_bias=True), dict(mamba_rms_norm=True, mamba_norm_before_gate=True, hidden_size=40, mamba_d_ssm=45, mamba_n_heads=3, mamba_d_head=15, mamba_n_groups=1, mamba_d_state=7, mamba_d_conv=3, num_key_value_heads=4, mamba_conv_bias=False), dict(num_hidden_layers=3, head_dim=10, mamba_n_groups=4)],
     'bamba': [{}, dict(hidden_size=36, mamba_n_heads=3, mamba_d_head=24, mamba_n_groups=1, mamba_d_state=7, mamba_d_conv=3, mamba_conv_bias=False), dict(num_hidden_layers=4, attn_layer_indices=[0, 3], mamba_n_groups=4, attention_bias=True, mlp_bias=True, mamba_proj_bias=True, num_key_value_heads=1)],
     'zamba2': [{}, dict(use_shared_attention_adapter=False, use_mem_rope=False, mamba_ngroups=1, hidden_size=36, mamba_d_state=7, mamba_d_conv=3), dict(num_mem_blocks=2, layers_block_type=['hybrid', 'mamba', 'hybrid', 'hybrid'], mamba_ngroups=4, add_bias_linear=True, use_conv_bias=False)],
-    'nemotron-h': [{}, dict(hidden_size=24, mamba_num_heads=3, mamba_head_dim=10, n_groups=1, ssm_state_size=7, conv_kernel=3, head_dim=7, use_conv_bias=False, mlp_bias=True), dict(layers_block_type=['attention', 'mamba', 'moe', 'mamba'], n_routed_experts=4, moe_intermediate_size=24, moe_shared_expert_intermediate_size=24, n_groups=4, mamba_proj_bias=True)],
+    'nemotron-h': [{}, dict(hidden_size=24, mamba_num_heads=3, mamba_head_dim=10, n_groups=1, ssm_state_size=7, conv_kernel=3, head_dim=7, use_conv_bias=False, mlp_bias=True), dict(layers_block_type=['attention', 'mamba', 'moe', 'mamba'], n_routed_experts=4, moe_intermediate_size=24, moe_shared_expert_intermediate_size=24, n_groups=4, mamba_proj_bias=True), dict(layers_block_type=['moe', 'mamba', 'attention', 'moe'], moe_latent_size=12, mlp_bias=True, n_routed_experts=6, num_experts_per_tok=3, n_group=3, topk_group=2, routed_scaling_factor=1.7, moe_intermediate_size=20, moe_shared_expert_intermediate_size=24)],
     'granite-hybrid': [{}, dict(num_local_experts=0, hidden_size=36, mamba_n_heads=3, mamba_d_head=24, mamba_n_groups=1, mamba_d_state=7, mamba_d_conv=3, mamba_conv_bias=False), dict(num_local_experts=4, num_experts_per_tok=2, mamba_n_groups=4, attention_bias=True, mamba_proj_bias=True, position_embedding_type='rope')],
     'hymba': [{}, dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3, mamba_expand=4, mamba_d_state=5, mamba_d_conv=3, mamba_conv_bias=False, mamba_inner_layernorms=False, kv_reuse_group=[[0, 2], [3, 4]], global_attn_idx=[1]), dict(num_key_value_heads=4, mamba_proj_bias=True, mlp_hidden_act='relu2', num_memory_tokens=3, tie_word_embeddings=False, rope_type=None)],
     'mamba2attn': [{}, dict(hidden_size=24, num_heads=3, head_dim=16, n_groups=3, state_size=7, conv_kernel=3, use_conv_bias=False, attn_layer_idx=[0, 2], attn_num_heads=3, attn_num_heads_kv=1, attn_head_dim=10, attn_rotary_emb_dim=0, attn_d_conv=0), dict(use_bias=True, n_groups=1, tie_word_embeddings=False, attn_num_heads_kv=4, attn_rotary_emb_dim=12, attn_d_conv=3)],
@@ -45,8 +45,8 @@ def randomise(hf, seed=0):
 
 
 def random_model(family, shape=0, seed=0, vocab=61):
-    "A random transformers model of a family in one of its shapes."
-    config = families()[family].small(vocab, **SHAPES[family][shape])
+    "A random transformers model of a family in one of its shapes, a number or what differs from the small one."
+    config = families()[family].small(vocab, **(shape if isinstance(shape, dict) else SHAPES[family][shape]))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return randomise(AutoModelForCausalLM.from_config(config), seed)

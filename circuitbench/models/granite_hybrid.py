@@ -23,7 +23,8 @@ def small(vocab_size: int, **changes) -> GraniteMoeHybridConfig:
 
 def sizes(config: GraniteMoeHybridConfig) -> dict[str, int]:
     "The size of each axis."
-    return attn_sizes(config) | mamba2_sizes(
+    experts = {'expert': config.num_local_experts} if config.num_local_experts else {}
+    return attn_sizes(config) | experts | mamba2_sizes(
         config.mamba_n_heads, config.mamba_d_head, config.mamba_n_groups, config.mamba_d_state)
 
 def points(config: GraniteMoeHybridConfig, i: int) -> dict[str, Point]:
@@ -31,9 +32,10 @@ def points(config: GraniteMoeHybridConfig, i: int) -> dict[str, Point]:
     scale = config.residual_multiplier
     attn = config.layers_block_type[i] in ('attention', 'full_attention')
     mixer = {'attn': 'self_attn'} if attn else {'ssm': 'mamba'}
-    p = block_points('input_layernorm', **mixer, mlp='shared_mlp', mlp_norm='post_attention_layernorm', scale=scale)
-    experts = Point('block_sparse_moe', scale=scale) if config.num_local_experts else None
-    return p | {'mlp_out': Point('shared_mlp', scale=scale, plus=experts)}
+    p = block_points('input_layernorm', **mixer, mlp='shared_mlp', mlp_norm='post_attention_layernorm', scale=scale,
+                     experts='block_sparse_moe.experts' if config.num_local_experts else None)
+    mixture = Point('block_sparse_moe', scale=scale) if config.num_local_experts else None
+    return p | {'mlp_out': Point('shared_mlp', scale=scale, plus=mixture)}
 
 ADAPTER = register(Adapter(
     family='granite-hybrid', model_types=('granitemoehybrid',), small=small, sizes=sizes, points=points,
@@ -42,4 +44,4 @@ ADAPTER = register(Adapter(
     ends=lambda config: {'embed': Point('model.embed_tokens', scale=config.embedding_multiplier),
                          'logits': Point('lm_head', scale=1/config.logits_scaling)},
     note='in_proj holds z, x, B, C, dt; conv holds x, B, C; branches, embed and logits are scaled as the model uses '
-         'them; mlp_out is experts and shared MLP together; y includes the skip D x'))
+         'them; mlp_out is the sum of mlp.experts and the shared MLP; y includes the skip D x'))

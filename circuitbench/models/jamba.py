@@ -11,7 +11,7 @@ from types import MappingProxyType
 from transformers import JambaConfig
 
 from ..seam import ATTENTION, MAMBA1
-from ..site import Adapter, Point, attn_sizes, block_points, mamba1_sizes, register
+from ..site import HEAVY, Adapter, Point, attn_sizes, block_points, mamba1_sizes, register
 
 # %% ../../nbs/13_jamba.ipynb #jamba-adapter
 def small(vocab_size: int, **changes) -> JambaConfig:
@@ -23,16 +23,18 @@ def small(vocab_size: int, **changes) -> JambaConfig:
 
 def sizes(config: JambaConfig) -> dict[str, int]:
     "The size of each axis."
-    return attn_sizes(config) | mamba1_sizes(config.mamba_expand*config.hidden_size, config.mamba_d_state)
+    experts = {'expert': config.num_experts} if config.num_experts > 1 else {}
+    return attn_sizes(config) | mamba1_sizes(config.mamba_expand*config.hidden_size, config.mamba_d_state) | experts
 
 def points(config: JambaConfig, i: int) -> dict[str, Point]:
     "The points of block i."
     mixer = {'attn': 'self_attn'} if config.layers_block_type[i] == 'attention' else {'ssm': 'mamba'}
-    return block_points('input_layernorm', **mixer, mlp='feed_forward', mlp_norm='pre_ff_layernorm')
+    experts = 'feed_forward.experts' if config.layers_num_experts[i] > 1 else None
+    return block_points('input_layernorm', **mixer, mlp='feed_forward', mlp_norm='pre_ff_layernorm', experts=experts)
 
 ADAPTER = register(Adapter(
     family='jamba', model_types=('jamba',), small=small, sizes=sizes, points=points, functions=MAMBA1 | ATTENTION,
     module='transformers.models.jamba.modeling_jamba',
-    axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.decay', 'ssm.write', 'ssm.state'),
+    axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.decay', *HEAVY),
     note='in_proj holds x, z; heads are channels (d_head 1); B and C are after their norms; y includes the skip D x; '
-         'attention has no rotation; mlp_out of a block with experts is their weighted sum'))
+         'attention has no rotation; mlp_out of a block with experts is the sum of mlp.experts'))

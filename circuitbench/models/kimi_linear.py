@@ -30,14 +30,16 @@ def small(vocab_size: int, **changes) -> 'transformers.KimiLinearConfig':
 def sizes(config) -> dict[str, int]:
     "The size of each axis."
     h, d = config.linear_num_heads, config.linear_head_dim
+    experts = {'expert': config.num_local_experts} if 'sparse' in config.mlp_layer_types else {}
     return dict(d_model=config.hidden_size, d_vocab=config.vocab_size, q_head=config.num_attention_heads,
-                d_qk=config.qk_head_dim, d_v=config.v_head_dim) | delta_sizes(h, d, h, d)
+                d_qk=config.qk_head_dim, d_v=config.v_head_dim) | delta_sizes(h, d, h, d) | experts
 
 def points(config, i: int) -> dict[str, Point]:
     "The points of block i."
     attn = config.layer_types[i] == 'full_attention'
     p = block_points('input_layernorm', **{'attn' if attn else 'ssm': 'self_attn'}, mlp='mlp', in_proj=None,
-                     mlp_norm='post_attention_layernorm', out_proj='o_proj')
+                     mlp_norm='post_attention_layernorm', out_proj='o_proj',
+                     experts='mlp.experts' if config.mlp_layer_types[i] == 'sparse' else None)
     q = {'attn.q': Point(f"self_attn.{'q_proj' if config.q_lora_rank is None else 'q_b_proj'}")} if attn else {}
     return {k: v for k, v in (p | q).items() if k not in ('attn.k', 'attn.v')}
 
@@ -46,7 +48,7 @@ ADAPTER = register(Adapter(
     turned=True,
     gate=norm_gate('o_norm', gate_last, torch.sigmoid), functions=KIMI_DELTA | ATTENTION,
     module='transformers.models.kimi_linear.modeling_kimi_linear',
-    axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}), heavy=('ssm.write', 'ssm.state'),
+    axes=MappingProxyType({'ssm.decay': 'batch pos head d_state'}),
     note='conv holds q, k, v; B and C are normalised, C divided by the root of d_state; decay is a number for each key '
          'channel; erase is beta k, write beta v k; keys and values of the attention are expanded from a latent vector '
-         'and have no site'))
+         'and have no site; mlp_out of a block with experts is the sum of mlp.experts and the shared expert'))

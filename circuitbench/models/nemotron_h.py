@@ -13,25 +13,30 @@ from ..site import Adapter, Point, attn_sizes, block_points, mamba2_sizes, regis
 
 # %% ../../nbs/20_nemotron_h.ipynb #nemotron_h-adapter
 def small(vocab_size: int, **changes) -> NemotronHConfig:
-    "Four blocks: Mamba-2, MLP, attention, Mamba-2."
+    "Five blocks: Mamba-2, MLP, attention, Mamba-2, four experts."
     return NemotronHConfig(**(dict(vocab_size=vocab_size, hidden_size=32, layers_block_type=['mamba', 'mlp',
-        'attention', 'mamba'], intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, chunk_size=8, bos_token_id=0,
+        'attention', 'mamba', 'moe'], intermediate_size=48, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, chunk_size=8, bos_token_id=0,
         eos_token_id=0, pad_token_id=0) | changes))
 
 def sizes(config: NemotronHConfig) -> dict[str, int]:
     "The size of each axis."
-    return attn_sizes(config) | mamba2_sizes(
+    experts = {'expert': config.n_routed_experts} if 'moe' in config.layers_block_type else {}
+    return attn_sizes(config) | experts | mamba2_sizes(
         config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size)
 
 def points(config: NemotronHConfig, i: int) -> dict[str, Point]:
     "The points of block i."
     kind = config.layers_block_type[i]
-    if kind in ('mlp', 'moe'): return block_points(None, mlp='mixer', mlp_norm='norm')
+    then = None if config.moe_latent_size is None else 'mixer.fc2_latent_proj'
+    experts = {'mlp.experts': Point('mixer.experts', then=then)} if kind == 'moe' else {}
+    if kind in ('mlp', 'moe'): return block_points(None, mlp='mixer', mlp_norm='norm') | experts
     return block_points('norm', **{'attn' if kind in ('attention', 'full_attention') else 'ssm': 'mixer'})
 
 ADAPTER = register(Adapter(
     family='nemotron-h', model_types=('nemotron_h',), small=small, sizes=sizes, points=points, gate=norm_gate('norm'),
     functions=MAMBA2 | ATTENTION, module='transformers.models.nemotron_h.modeling_nemotron_h',
     ends=lambda config: {'embed': Point('model.embeddings'), 'logits': Point('lm_head')},
-    note='in_proj holds z, x, B, C, dt; conv holds x, B, C; y includes the skip D x; attention has no rotation'))
+    note='in_proj holds z, x, B, C, dt; conv holds x, B, C; y includes the skip D x; attention has no rotation; '
+         'mlp_out of a block with experts is the sum of mlp.experts and the shared expert'))
