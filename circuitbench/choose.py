@@ -15,13 +15,13 @@ from .graph import Graph
 
 # %% ../nbs/65_choose.ipynb #choose
 def largest(
-    scores: Tensor,  # (n_edges,)
+    scores: Tensor,  # (n_edges,) or (n_edges, pos)
     n: int,
 ) -> Tensor:
-    "The n edges of largest magnitude as (n_edges,) of bool."
-    keep = torch.zeros(len(scores), dtype=torch.bool)
-    keep[scores.abs().nan_to_num().topk(min(n, len(scores))).indices] = True
-    return keep
+    "The n edges of largest magnitude as bools in the scores' shape."
+    keep = torch.zeros(scores.numel(), dtype=torch.bool)
+    keep[scores.flatten().abs().nan_to_num().topk(min(n, scores.numel())).indices] = True
+    return keep.view(scores.shape)
 
 def greedy(
     graph: Graph,
@@ -45,14 +45,22 @@ def greedy(
 
 def pruned(
     graph: Graph,
-    keep: Tensor,  # (n_edges,) of bool
+    keep: Tensor,  # (n_edges,) or (n_edges, pos) of bool
 ) -> Tensor:
-    "Without the edges that lie on no way from the embedding to the logits."
-    ends, edges, n = graph.edges[keep].tolist(), keep.nonzero()[:, 0], len(graph.nodes)
-    down, up = [False]*n, [False]*n
-    down[0], up[-1] = True, True
-    for a, b in sorted(ends, key=lambda e: e[1]): down[b] |= down[a]
-    for a, b in sorted(ends, key=lambda e: -e[0]): up[a] |= up[b]
-    out = torch.zeros_like(keep)
-    out[edges[torch.tensor([down[a] and up[b] for a, b in ends], dtype=torch.bool)]] = True
-    return out
+    "Without the edges that lie on no way from the embedding to the logits; by position, on none forward in time."
+    rows = keep if keep.dim() == 2 else keep[:, None]
+    some = rows.any(1).nonzero()[:, 0].tolist()
+    ends = {e: graph.edges[e].tolist() for e in some}
+    down, up = (torch.zeros(len(graph.nodes), rows.shape[1], dtype=torch.bool) for _ in range(2))
+    down[0], up[-1] = True, True                                           # of what a node has at a position
+    for e in sorted(some, key=lambda e: ends[e][1]):
+        a, b = ends[e]
+        down[b] |= _from_then_on(rows[e] & down[a])
+    for e in sorted(some, key=lambda e: -ends[e][0]):
+        a, b = ends[e]
+        up[a] |= _from_then_on((rows[e] & up[b]).flip(0)).flip(0)
+    out = torch.zeros_like(rows)
+    for e, (a, b) in ends.items(): out[e] = rows[e] & down[a] & up[b]
+    return out.view(keep.shape)
+
+def _from_then_on(at: Tensor) -> Tensor: return at.cumsum(0) > 0

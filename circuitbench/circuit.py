@@ -37,11 +37,11 @@ class Circuit:
     "The edges of a model that answer some prompts, with the scores of all."
     graph: Graph
     scores: Tensor
-    "(n_edges,): how much of the metric is lost without each"
+    "(n_edges,), or (n_edges, pos) by the position that is read: how much of the metric is lost without each"
     nodes: Tensor
     "(n_nodes,), the same of nodes; NaN where there is none"
     keep: Tensor
-    "(n_edges,) of bool: the circuit"
+    "Bools in the scores' shape: the circuit"
     pairs: Pairs
     "The prompts that it was found on."
     prompts: tuple[str, ...]
@@ -58,10 +58,25 @@ class Circuit:
     curve: tuple[tuple[float, float], ...] = ()
     "(share of the edges, faithfulness) at each budget, edges by magnitude of their score"
     note: str = ''
+    words: tuple[str, ...] = ()
+    "The tokens of the first prompt."
     model_: HookedModel | None = field(default=None, repr=False)
     metric_: Metric | None = field(default=None, repr=False)
 
     def __len__(self) -> int: return int(self.keep.sum())
+
+    @property
+    def by_position(self) -> bool:
+        "Are its edges told apart by position?"
+        return self.keep.dim() == 2
+    @property
+    def kept(self) -> Tensor:
+        "(n_edges,) of bool: the edges that are in it, at any position."
+        return self.keep.any(1) if self.by_position else self.keep
+    @property
+    def totals(self) -> Tensor:
+        "(n_edges,): the scores, summed over positions."
+        return self.scores.sum(1) if self.by_position else self.scores
 
     @property
     def model(self) -> str: return self.graph.model
@@ -81,13 +96,15 @@ class Circuit:
         return sorted(there, key=lambda e: -abs(e[1]))[:n]
 
     def top_edges(self, n: int = 10) -> list[tuple[str, float]]:
-        "The n edges of largest magnitude: (name, score)."
-        best = self.scores.abs().nan_to_num().topk(min(n, len(self.scores))).indices.tolist()
-        return [(self.graph.names[e], float(self.scores[e])) for e in best]
+        "The n edges of largest magnitude: (name, score); with the position where they are told apart."
+        flat, width = self.scores.flatten(), self.scores[0].numel()
+        where = lambda e: f' at {e % width}' if self.by_position else ''
+        return [(self.graph.names[e//width] + where(e), float(flat[e]))
+                for e in flat.abs().nan_to_num().topk(min(n, len(flat))).indices.tolist()]
 
     def parts(self) -> list[str]:
         "The nodes that the circuit's edges touch."
-        touched = self.graph.edges[self.keep].unique().tolist()
+        touched = self.graph.edges[self.kept].unique().tolist()
         return [self.graph.nodes[k].name for k in touched]
 
     def by_branch(self) -> dict[str, float]:
@@ -103,7 +120,8 @@ class Circuit:
         return self._kept(largest(self.scores, _at_least_one(n)))
 
     def greedy(self, n: int) -> 'Circuit':
-        "The circuit of n edges found from the logits back."
+        "The circuit of n edges found from the logits back; ValueError for edges by position."
+        if self.by_position: raise ValueError('got a circuit by position, expected one of whole edges; use top(n)')
         return self._kept(greedy(self.graph, self.scores, _at_least_one(n)))
 
     def threshold(self, t: float) -> 'Circuit':
@@ -163,7 +181,8 @@ class Circuit:
         for name in self.parts():
             k = self.graph.index[name]
             if self.graph.nodes[k].kind not in _PARTS: continue
-            out.append((name, whole - share(self.keep & (self.graph.edges != k).all(1))))
+            others = (self.graph.edges != k).all(1)
+            out.append((name, whole - share(self.keep & (others[:, None] if self.by_position else others))))
         return sorted(out, key=lambda e: e[1])
 
     def asked_of(self, model=None, pairs=None):
@@ -187,11 +206,11 @@ class Circuit:
 
     def compare(self, other: 'Circuit') -> dict[str, float]:
         "How alike two circuits of one graph are: edges and nodes in common, and the rank correlation of all scores."
-        if self.graph.names != other.graph.names: raise ValueError(
+        if self.graph.names != other.graph.names or self.keep.shape != other.keep.shape: raise ValueError(
             f'got circuits of {self.model} and {other.model}, expected two of one graph')
         over = lambda a, b: len(a & b)/max(1, len(a | b))
-        edges = [set(c.keep.nonzero()[:, 0].tolist()) for c in (self, other)]
-        rank = [c.scores.nan_to_num().argsort().argsort().double() for c in (self, other)]
+        edges = [set(c.keep.flatten().nonzero()[:, 0].tolist()) for c in (self, other)]
+        rank = [c.scores.flatten().nan_to_num().argsort().argsort().double() for c in (self, other)]
         return {'edges in common': over(*edges), 'nodes in common': over(*({*c.parts()} for c in (self, other))),
                 'rank correlation': float(torch.corrcoef(torch.stack(rank))[0, 1])}
 
@@ -254,14 +273,15 @@ class Circuit:
         left.set(xlabel=f'{self.metric} lost without it', title=f'{self.model}, {self.method}')
         left.tick_params('y', labelsize=7)
         if self.curve: right.plot(*zip(*self.curve), 'o-', color='0.3')
-        right.axvline(len(self)/len(self.graph), color='C3', linewidth=1)
+        right.axvline(len(self)/self.keep.numel(), color='C3', linewidth=1)
         right.set(xscale='log', xlabel='share of the edges', ylabel='faithfulness', title=f'{len(self):,} edges kept')
         plt.close(fig)                                                     # shown once, by whoever displays it
         return fig
 
     def __repr__(self):
-        n, all_ = len(self), len(self.graph)
-        head = [f'{self.model}: circuit of {n:,} of {all_:,} edges ({n/all_:.1%}) by {self.method}', self.asked]
+        n, all_ = len(self), self.keep.numel()
+        what = 'edges by position' if self.by_position else 'edges'
+        head = [f'{self.model}: circuit of {n:,} of {all_:,} {what} ({n/all_:.1%}) by {self.method}', self.asked]
         head += [f'{self.metric} {self.clean:.3f} clean, {self.corrupt:.3f} with everything exchanged']
         if self.curve: head += ['faithfulness ' + ', '.join(f'{f:.2f} at {s:.1%}' for s, f in self.curve if s < 1)]
         if self.note: head += [self.note]
@@ -294,6 +314,7 @@ def extract_circuit(
     frozen: bool = True,  # hold norms still in the backward pass
     ablation: str = 'patch',  # what the other edges carry: the counterfactual, the 'mean', 'zero'
     lags: bool = False,  # ports apart by how far back they look
+    by_position: bool = False,  # edges apart by the position that is read; for prompts of one length, by gradients
     share: float = .9,  # of the answer, that the circuit is to carry: the smallest budget that does is kept
     budgets: Sequence[float] = BUDGETS,  # shares of the edges that are tried
     progress: bool = True,
@@ -306,6 +327,8 @@ def extract_circuit(
     check_ablation(ablation)
     if not callable(method) and method not in (*METHODS, 'exact'):
         raise ValueError(f"got method={method!r}, expected {[*METHODS, 'exact']} or a function")
+    if by_position and method not in METHODS:
+        raise ValueError(f'got method={method!r} with by_position=True, expected one of {[*METHODS]}')
     pairs = as_pairs(model, prompt, target, corrupt, wrong)
     graph = model_graph(model, lags) if graph is None else graph_of(model, graph)
     measure = metric_of(metric, model, pairs)
@@ -315,13 +338,16 @@ def extract_circuit(
     options = dict(metric=measure, ablation=ablation, progress=progress)
     if callable(method): found = method(model, pairs, graph)
     elif method == 'exact': found = exact(model, pairs, graph, **options)
-    else: found = attribute(model, pairs, graph, method=method, steps=steps, frozen=frozen, **options)
+    else: found = attribute(model, pairs, graph, method=method, steps=steps, frozen=frozen, by_position=by_position,
+                            **options)
     text = lambda ids: tuple(''.join(model.strings(row[:a + 1])) for row, a in zip(ids, pairs.at.tolist()))
     word = lambda ids: tuple(model.strings(ids))
     name = metric if isinstance(metric, str) else getattr(metric, '__name__', 'metric')
-    out = Circuit(graph, found.edges, found.nodes, torch.ones(len(graph), dtype=torch.bool), pairs, text(pairs.clean),
+    every = torch.ones(found.edges.shape, dtype=torch.bool)
+    out = Circuit(graph, found.edges, found.nodes, every, pairs, text(pairs.clean),
                   text(pairs.corrupt), word(pairs.target), word(pairs.wrong), name, found.method, ablation, found.clean,
-                  found.corrupt, (), '; '.join(filter(None, (pairs.note, found.note))), model,
+                  found.corrupt, (), '; '.join(filter(None, (pairs.note, found.note))),
+                  tuple(model.strings(pairs.clean[0, :int(pairs.at[0]) + 1])), model,
                   None if isinstance(metric, str) else metric)
     return _sized(out, share, budgets)
 
@@ -337,8 +363,8 @@ def _sized(c: Circuit, share: float, budgets: Sequence[float]) -> Circuit:
     if not budgets: return c
     curve, chosen = [], None
     for b in sorted(budgets):
-        keep = largest(c.scores, max(1, round(b*len(c.graph))))
+        keep = largest(c.scores, max(1, round(b*c.scores.numel())))
         curve.append((b, float(faithfulness_of(float(c.values(keep).mean()), c.clean, c.corrupt))))
         if chosen is None and curve[-1][1] >= share: chosen = keep
-    keep = largest(c.scores, len(c.graph)) if chosen is None else chosen
+    keep = torch.ones_like(c.keep) if chosen is None else chosen
     return replace(c, curve=tuple(curve))._kept(keep)

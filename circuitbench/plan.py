@@ -14,7 +14,11 @@ from .graph import Graph
 # %% ../nbs/64_plan.ipynb #plan
 class Plan:
     "Which streams the readers of each stage want, for a set of kept edges, and which copies of the prompt bring them."
-    def __init__(self, graph: Graph, keep: Tensor):
+    def __init__(
+        self,
+        graph: Graph,
+        keep: Tensor,  # (n_edges,) or (n_edges, pos): of bool, or of float, how much
+    ):
         nodes, self.graph = graph.nodes, graph
         self.place = {w: i for i, w in enumerate(graph.writers)}           # of a writer among all
         self.soft, lost = keep.is_floating_point(), (1 - keep if keep.is_floating_point() else ~keep)
@@ -31,14 +35,15 @@ class Plan:
         for e in inner:
             a, b = edges[e]
             if self.soft and not self._shared(a) and nodes[a].port != 'rest': self.cut[a, b] = keep[e]
-            elif not self.soft and lost[e]: self.cut[a, b] = 0.
+            elif not self.soft and lost[e].any(): self.cut[a, b] = 0. if lost.dim() == 1 else 1 - lost[e].float()
         self.ports, self.keys, self.copies, self.carried = {}, {}, 1, {}
         self._ports()
         self._lay_out()
 
     def _stream(self, stage: int, rows: list[int], part: Tensor) -> int:
         "The number of a stream at a stage: the same for readers that want the same."
-        full = torch.zeros(len(self.place)).index_put((torch.tensor(rows, dtype=torch.long),), part.float())
+        full = torch.zeros(len(self.place), *part.shape[1:])
+        full = full.index_put((torch.tensor(rows, dtype=torch.long),), part.float())
         known = self.streams.setdefault(stage, [])
         if not self.soft:
             for k, v in enumerate(known):
@@ -65,8 +70,8 @@ class Plan:
                 share, own = 1., wants
                 if len(readers) == 1 and lost and not rest: share = self.cut[first, to]
                 elif lost and not self.soft:
-                    gone = self._all(first)
-                    own = tuple(gone if k in lost else w for k, w in enumerate(wants))
+                    own = tuple(self._without(readers[k], w, self.cut[readers[k], to]) if k in lost else w
+                                for k, w in enumerate(wants))
                 rows.append((nodes[to].heads if apart else heads, own, share))
 
     def _shared(self, port: int) -> bool:
@@ -74,10 +79,13 @@ class Plan:
         n = self.graph.nodes[port]
         return n.branch == 'attn' and n.port != 'rest' and len(self.served[port]) > 1
 
-    def _all(self, reader: int) -> int:
-        "The stream in which everything that a reader hears is exchanged."
+    def _without(self, reader: int, want: int | None, share: float | Tensor) -> int:
+        "The stream in which everything that a reader hears is exchanged, or is so at some positions."
+        stage = self.graph.nodes[reader].reads
         rows = [self.place[w] for w in self.graph.edges[self.graph.edges[:, 1] == reader, 0].tolist()]
-        return self._stream(self.graph.nodes[reader].reads, rows, torch.ones(len(rows)))
+        if not isinstance(share, Tensor): return self._stream(stage, rows, torch.ones(len(rows)))
+        own = torch.zeros(len(rows), 1) if want is None else self.streams[stage][want][rows]
+        return self._stream(stage, rows, torch.where(share > 0, own, 1.))
 
     def _lay_out(self):
         "Copy numbers of the streams, of mixtures whose tokens alternate between some, of exchanged keys and values."
@@ -111,11 +119,12 @@ class Plan:
 
     def _stage(self, site: str) -> int: return 2*int(site.split('.')[1])
 
-    def keys_lost(self, head: int) -> str:
-        "Which of keys and values, `k`, `v`, an attention head is not to see clean."
+    def keys_lost(self, head: int) -> tuple:
+        "Keys and values that an attention head is not to see clean, with the share that is kept at each position."
         nodes = self.graph.nodes
-        if nodes[head].branch != 'attn': return ''
-        return ''.join(sorted(nodes[a].port for a, b in self.cut if b == head and self._shared(a)))
+        if nodes[head].branch != 'attn': return ()
+        cut = {nodes[a].port: v for (a, b), v in self.cut.items() if b == head and self._shared(a)}
+        return tuple(sorted((port, tuple(v.tolist()) if isinstance(v, Tensor) else v) for port, v in cut.items()))
 
     def beside(self, head: int) -> int | None:
         "The stream that a head hears beside its ports; None: that of the run."

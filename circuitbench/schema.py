@@ -21,7 +21,7 @@ from .stored import weights_hash
 _FORMAT, _VERSION = 'circuitbench.circuit', 2
 _IDS = 'clean', 'corrupt', 'at', 'target', 'wrong'
 _SAID = ('prompts', 'counterfactuals', 'answers', 'wrong', 'metric', 'method', 'ablation', 'clean', 'corrupt', 'curve',
-         'note')
+         'note', 'words')
 
 def node_link(circuit) -> dict:
     "Plain data of a circuit, numbers that are not finite as None."
@@ -29,7 +29,10 @@ def node_link(circuit) -> dict:
     nodes = [{'id': n.name, **asdict(n), 'port': n.port, 'score': number(v)}
              for n, v in zip(g.nodes, circuit.nodes.tolist())]
     edges = [{'source': g.nodes[a].name, 'target': g.nodes[b].name, 'score': number(v), 'kept': k}
-             for (a, b), v, k in zip(g.edges.tolist(), circuit.scores.tolist(), circuit.keep.tolist())]
+             for (a, b), v, k in zip(g.edges.tolist(), circuit.totals.tolist(), circuit.kept.tolist())]
+    if circuit.by_position:
+        for e, v, k in zip(edges, circuit.scores.tolist(), circuit.keep):
+            e |= {'scores': [*map(number, v)], 'kept_at': k.nonzero()[:, 0].tolist()}
     said = {k: getattr(circuit, k) for k in _SAID} | {'model': g.model, 'lags': g.lags, 'graph_note': g.note}
     said |= {'pairs': {k: getattr(circuit.pairs, k).tolist() for k in _IDS} | {'note': circuit.pairs.note},
              'beside': g.beside, 'coders': {site: weights_hash(sae) for site, sae in g.coders.items()}}
@@ -49,11 +52,16 @@ def from_node_link(
     edges = torch.tensor([[index[e['source']], index[e['target']]] for e in body['edges']])
     graph = Graph(said['model'], nodes, edges, said['lags'], said['graph_note'], _coders(said, coders),
                   tuple(said['beside']))
-    number = lambda rows: torch.tensor([math.nan if r['score'] is None else float(r['score']) for r in rows])
-    own = {k: tuple(said[k]) if isinstance(said[k], list) else said[k] for k in _SAID}
+    real = lambda v: math.nan if v is None else float(v)
+    number = lambda rows: torch.tensor([real(r['score']) for r in rows])
+    own = {k: tuple(said[k]) if isinstance(said[k], list) else said[k] for k in _SAID if k in said}
     pairs = Pairs(*(torch.tensor(said['pairs'][k]) for k in _IDS), said['pairs']['note'])
-    return graph, own | dict(scores=number(body['edges']), nodes=number(body['nodes']), pairs=pairs,
-                             keep=torch.tensor([bool(e['kept']) for e in body['edges']]),
+    scores, keep = number(body['edges']), torch.tensor([bool(e['kept']) for e in body['edges']])
+    if 'scores' in body['edges'][0]:                                       # by position
+        scores = torch.tensor([[*map(real, e['scores'])] for e in body['edges']])
+        keep = torch.zeros(scores.shape, dtype=torch.bool)
+        for row, e in zip(keep, body['edges']): row[e['kept_at']] = True
+    return graph, own | dict(scores=scores, nodes=number(body['nodes']), pairs=pairs, keep=keep,
                              curve=tuple(map(tuple, own['curve'])))
 
 def _coders(said: dict, coders: Iterable[SAE]) -> dict[str, SAE]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .apart import apart, into_stream
-from .attribute import check_ablation, instead, means
+from .attribute import check_ablation, check_positions, instead, means
 from .edit import Edit
 from .graph import Graph, graph_of, heads_at, shares
 from .hook import HookedModel
@@ -58,7 +58,8 @@ class _Run:
                 have = [w for w in plan.place if w in self.added]
                 M = torch.stack([plan.streams[stage][k] for k in at]).to(main)[:, [plan.place[w] for w in have]]
                 D = torch.stack([self.added[w] for w in have])
-                streams = main + (M @ D.flatten(1)).view(len(M), *main.shape)
+                if M.dim() == 3: streams = main + torch.einsum('swt,wbtd->sbtd', M, D)
+                else: streams = main + (M @ D.flatten(1)).view(len(M), *main.shape)
                 by = {None: main} | dict(zip(at, streams))
                 rows = [by[k] for k in at]
                 for wants in plan.mixed[stage]:
@@ -88,11 +89,13 @@ class _Run:
                         main[:, r::n, cols] = x[self.rows(plan.mixed[stage][wants] + r)][:, r::n, cols]
                 elif wants[0] is not None: main[:, :, cols] = x[self.rows(plan.at[stage][wants[0]])][:, :, cols]
                 if isinstance(share, Tensor) or share < 1:
-                    main[:, :, cols] = other[:, :, cols] + share*(main[:, :, cols] - other[:, :, cols])
+                    some = _at_positions(share, main)
+                    main[:, :, cols] = other[:, :, cols] + some*(main[:, :, cols] - other[:, :, cols])
             if rest: return torch.cat([main, x[self.b:]]).view(shape)
             new = [main]*self.copies
             for (at, lost, _), c in plan.keys.items():
-                if branch == 'attn' and at == stage and port in lost: new[c] = other
+                if branch == 'attn' and at == stage and port in dict(lost):
+                    new[c] = other + _at_positions(torch.tensor(dict(lost)[port]), main)*(main - other)
             for c, heads, (step, _), want, share in plan.late[stage] if port == 'write' else ():
                 if step not in where.pos: continue
                 step = where.pos.index(step)
@@ -161,6 +164,10 @@ class _Run:
         else: parts = shares(self.model, n, change)
         self.added |= zip(mine, parts)
 
+def _at_positions(share: float | Tensor, x: Tensor) -> float | Tensor:
+    "A share for each position, as wide as x (batch, pos, ...); one share as it is."
+    return share.to(x).view(-1, *[1]*(x.dim() - 2)) if isinstance(share, Tensor) and share.dim() else share
+
 def _alternate(streams: list[Tensor], start: int) -> Tensor:
     "The token at t is that of the stream read (start - t) tokens later, modulo their number."
     out, n = streams[0].clone(), len(streams)
@@ -172,7 +179,7 @@ def run_edges(
     model: HookedModel,
     pairs: Pairs,
     graph: Graph,
-    keep: Tensor,  # (n_edges,) of bool: which edges carry the clean prompt; or of float, how much
+    keep: Tensor,  # (n_edges,) or (n_edges, pos) of bool: which edges carry the clean prompt; or of float, how much
     ablation: str = 'patch',  # what the others carry: the counterfactual, the 'mean', 'zero'
     mean: dict[str, Tensor] | None = None,  # for 'mean': of `means`; None: of these pairs
     tokens: int = 8192,  # in a batch, copies counted
@@ -183,7 +190,10 @@ def run_edges(
     """
     check_ablation(ablation)
     graph_of(model, graph)
-    if keep.shape != (len(graph),): raise ValueError(f'got {tuple(keep.shape)} edges, expected ({len(graph)},)')
+    if keep.shape not in ((len(graph),), (len(graph), pairs.clean.shape[1])):
+        raise ValueError(f'got {tuple(keep.shape)} edges, expected ({len(graph)},), or ({len(graph)}, '
+                         f'{pairs.clean.shape[1]}) by position')
+    if keep.dim() == 2: check_positions(graph, pairs)
     plan, names = Plan(graph, keep.cpu()), exchanged(graph)
     if ablation == 'mean' and mean is None: mean = means(model, pairs, names)
     return torch.cat([run_plan(model, b, plan, instead(model, b, names, ablation, mean))

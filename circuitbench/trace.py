@@ -64,6 +64,12 @@ class StateStory:
         "(head,): the effect that the pairs of steps do not account for."
         return self.effects - self.carried.sum((1, 2)) - self.front
 
+    def steps(self) -> dict[str, list[tuple[int, int]]]:
+        "Steps that wrote and that read, by head, as `model_graph(model, carried=...)` takes them."
+        out = {}
+        for w in self.writes: out.setdefault(w.head, []).append((w.step, w.read))
+        return out
+
     def __repr__(self):
         lines = [f'{self.model}: {"".join(self.words)!r} against {"".join(self.counterfactual)!r}']
         for w in self.writes:
@@ -150,9 +156,9 @@ def _writes(circuit: Circuit, node, clean, carried: Tensor, words, meta: int) ->
     left = left if node.heads is None else left[:, list(node.heads)]
     total, out = left.flatten(1).mean(1).cumsum(0)[meta:], []
     k = circuit.graph.index[node.name]
-    edges = ((circuit.graph.edges[:, 0] == k) & circuit.keep).nonzero()[:, 0].tolist()
-    edges = sorted(edges, key=lambda e: -abs(float(circuit.scores[e])))[:2]
-    readers = tuple((circuit.graph.nodes[int(circuit.graph.edges[e, 1])].name, float(circuit.scores[e])) for e in edges)
+    edges = ((circuit.graph.edges[:, 0] == k) & circuit.kept).nonzero()[:, 0].tolist()
+    edges = sorted(edges, key=lambda e: -abs(float(circuit.totals[e])))[:2]
+    readers = tuple((circuit.graph.nodes[int(circuit.graph.edges[e, 1])].name, float(circuit.totals[e])) for e in edges)
     for i, row in enumerate(carried):
         t = int(row.abs().argmax())
         out.append(Write(node.block, node.name, i, words[i], t, words[t], float(row.sum()), float(row[t]),
