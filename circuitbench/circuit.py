@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .attribute import METHODS, attribute, check_ablation, means
+from .attribute import METHODS, attribute
 from .board import CircuitInspector
 from .choose import greedy, largest, pruned
 from .closeup import closeup
 from .exact import exact
+from .exchange import check_ablation, exchanged, means
 from .file import beside
 from .graph import Graph, graph_of, model_graph
 from .hook import HookedModel
@@ -27,7 +28,7 @@ from .judge import BUDGETS, Interval, bootstrap, cmd, cpr, faithfulness_of
 from .pairs import Metric, Pairs, as_pairs, ends, metric_of
 from .sae import SAE
 from .schema import from_node_link, node_link
-from .subgraph import exchanged, run_edges
+from .subgraph import run_edges
 
 # %% ../nbs/68_circuit.ipynb #circuit
 _PARTS = 'head', 'whole', 'expert', 'latent'

@@ -24,7 +24,7 @@ class Node:
     name: str
     "`embed`, `0.ssm.B[0]@1`, `0.ssm.state[3]@2>9` (ports), `0.ssm[3]`, `2.attn[1]` (heads), `0.mlp`, `logits`"
     kind: str
-    "'embed', 'port', 'head', 'whole' or 'latent' (these two read and write), or 'logits'"
+    "'embed', 'port', 'head', 'whole', 'expert' or 'latent' (these read and write), or 'logits'"
     block: int
     "Its block; -1 for the embedding, the number of blocks for the logits."
     branch: str
@@ -94,7 +94,8 @@ class Graph:
     def by_edges(self) -> list[bool]:
         "Which nodes no site holds alone: one of several at a site, exchanged by all the edges that enter it."
         some = {n.site for n in self.nodes if n.lag is not None or n.steps is not None}
-        return [n.kind == 'latent' or n.kind == 'port' and (n.port == 'rest' or n.site in some) for n in self.nodes]
+        one = lambda n: n.kind == 'latent' or n.kind == 'expert' and n.heads is None
+        return [one(n) or n.kind == 'port' and (n.port == 'rest' or n.site in some) for n in self.nodes]
 
     def edge(self, name: str) -> int:
         "The number of an edge by its name, such as `embed->0.ssm.x[1]`; ValueError for one that is not there."
@@ -121,7 +122,8 @@ class Graph:
     def __repr__(self):
         kinds = {}
         for n in self.nodes: kinds[n.kind] = kinds.get(n.kind, 0) + 1
-        said = ', '.join(f'{v} {k}{"s"*(v > 1 and k in ("port", "head", "latent"))}' for k, v in kinds.items() if v)
+        many = 'port', 'head', 'latent', 'expert'
+        said = ', '.join(f'{v} {k}{"s"*(v > 1 and k in many)}' for k, v in kinds.items())
         return f'Graph of {self.model}: {len(self):,} edges, {said}' + f'; {self.note}'*bool(self.note)
 
 # %% ../nbs/60_graph.ipynb #build

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .attribute import Scores, attribute, check_ablation, instead, means
+from .attribute import Scores, attribute
 from .edit import Edit, add
+from .exchange import check_ablation, exchanged, instead, means
 from .graph import Graph, Node, graph_of, shares
 from .hook import HookedModel
 from .listen import Cache
 from .pairs import Metric, Pairs, ends, metric_of
-from .subgraph import Plan, exchanged, run_plan, start_of
+from .subgraph import Plan, run_plan, start_of
 
 # %% ../nbs/66_search.ipynb #acdc
 def _positive(**numbers):

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .apart import apart, into_stream
-from .attribute import check_ablation, check_positions, instead, means
+from .apart import apart, into_stream, over_experts
 from .edit import Edit
+from .exchange import check_ablation, check_positions, exchanged, instead, means
 from .graph import Graph, graph_of, heads_at, shares
 from .hook import HookedModel
 from .pairs import Pairs, answers_only
 from .patching import above
-from .plan import Plan, exchanged
+from .plan import Plan
 from .site import PER_STEP, short
 
 # %% ../nbs/64_subgraph.ipynb #run
@@ -29,6 +29,7 @@ class _Run:
     def __init__(self, model: HookedModel, plan: Plan, other: dict[str, Tensor], batch: int):
         self.model, self.plan, self.other, self.b = model, plan, other, batch
         self.nodes, self.copies, self.added, self.entered = plan.graph.nodes, plan.copies, {}, {}
+        self.given = {}                                                    # what experts give in all copies
         self.known = -2                                                    # what is written below it is noted already
 
     def rows(self, k: int) -> slice: return slice(k*self.b, (k + 1)*self.b)
@@ -123,6 +124,7 @@ class _Run:
         def _note(x, where):
             if n.block < self.known: return x
             if n.kind == 'latent': return self._latents(x, mine)
+            if n.kind == 'expert': return self._experts(x, mine)
             main = x[:self.b]
             if n.kind == 'whole' and (k := plan.of[mine[0]]) is not None:
                 c = self.rows(plan.at[n.reads][k])
@@ -142,6 +144,22 @@ class _Run:
         gone = apart(plan.graph, n, self.other[n.site].expand_as(x[:self.b]).to(x))
         self.added |= zip(mine, into_stream(self.model, n, gone - parts))
         main = parts.sum(0).view(x[:self.b].shape)
+        return torch.cat([main, x[self.b:]])
+
+    def _experts(self, x: Tensor, mine: list[int]) -> Tensor:
+        "Each expert as it is on its own stream; what a block adds beside its experts, as it is on its own."
+        n, plan = self.nodes[mine[0]], self.plan
+        copies = [0 if plan.of[w] is None else plan.at[n.reads][plan.of[w]] for w in mine]
+        main, other = x[:self.b].clone(), self.other[n.site].expand_as(x[:self.b]).to(x)
+        if n.heads is None:                                                # each copy has its own experts in it
+            of = n.site.replace('mlp_out', 'mlp.experts')
+            new, own = (self.given[n.block][self.rows(c)] for c in (0, copies[0]))
+            main = x[self.rows(copies[0])] - own.sum(2) + new.sum(2)
+            change = over_experts(n, other - main, {of: self.other[of].expand_as(new).to(new) - new})
+        else:
+            for (e,), c in zip((self.nodes[w].heads for w in mine), copies): main[:, :, e] = x[self.rows(c)][:, :, e]
+            change, self.given[n.block] = over_experts(n, other - main, {}), torch.cat([main, x[self.b:]])
+        self.added |= zip(mine, change)
         return torch.cat([main, x[self.b:]])
 
     def _with_other_keys(self, x: Tensor, main: Tensor, mine: list[int]) -> Tensor:

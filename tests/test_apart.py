@@ -6,7 +6,7 @@ import torch
 from test_attribute import derivative, near
 from test_subgraph import PAIRS, heard, hooks, plain
 
-from circuitbench.apart import apart, into_stream, with_latents
+from circuitbench.apart import apart, into_stream, with_experts, with_latents
 from circuitbench.attribute import attribute
 from circuitbench.circuit import Circuit, extract_circuit
 from circuitbench.edit import patch
@@ -201,3 +201,79 @@ def test_what_latents_are_in_the_stream():
     n = g.nodes[latents(g)[0]]
     _, cache = model.run_with_cache(PAIRS.clean, ['blocks.0.ssm.out_proj_in', 'blocks.0.ssm.out'])
     assert near(into_stream(model, n, apart(g, n, cache['blocks.0.ssm.out_proj_in'])).sum(0), cache['blocks.0.ssm.out'], 1e-5)
+
+
+# -- experts -------------------------------------------------------------------------------
+MIXED = ['jamba', 'nemotron-h', 'granite-hybrid', 'qwen3-next', 'kimi-linear']
+
+
+@pytest.fixture(scope='module', params=MIXED)
+def mixed(request):
+    model = load_model(f'mock://{request.param}-tiny')
+    return model, with_experts(model, model_graph(model))
+
+
+def test_experts_are_nodes(mixed):
+    model, g = mixed
+    whole = model_graph(model)
+    some = [n for n in g.nodes if n.kind == 'expert']
+    blocks = {n.block for n in some}
+    assert blocks == {i for i in range(model.n_layers) if 'mlp.experts' in model.adapter.block_sites(model.config, i)}
+    for i in blocks:
+        mine, old = [n for n in some if n.block == i], whole.nodes[whole.index[f'{i}.mlp']]
+        assert len(mine) - (mine[-1].name == f'{i}.mlp.rest') == model.heads(f'blocks.{i}.mlp.experts') and f'{i}.mlp' not in g.index
+        assert all((n.reads, n.writes) == (old.reads, old.writes) for n in mine)
+
+
+@torch.no_grad()
+def test_both_ends_with_experts(mixed):
+    model, g = mixed
+    keep, clean = torch.ones(len(g), dtype=torch.bool), plain(model, PAIRS.clean)
+    for ablation in ('patch', 'mean', 'zero'): assert near(run_edges(model, PAIRS, g, keep, ablation), clean, 1e-5)
+    assert near(run_edges(model, PAIRS, g, ~keep), plain(model, PAIRS.corrupt), 1e-5)
+
+
+@torch.no_grad()
+def test_an_expert_without_any_edge_is_an_expert_exchanged(mixed):
+    model, g = mixed
+    found = exact(model, PAIRS, g, edges=False, nodes=[n.name for n in g.nodes if n.kind == 'expert'], progress=False).nodes
+    base = logit_diff(plain(model, PAIRS.clean), PAIRS)
+    for k, n in enumerate(g.nodes):
+        if n.kind != 'expert': continue
+        experts, out = f'blocks.{n.block}.mlp.experts', f'blocks.{n.block}.mlp_out'
+        a, b = (model.run_with_cache(ids, [experts, out])[1] for ids in (PAIRS.clean, PAIRS.corrupt))
+        if n.heads: change = (b[experts] - a[experts])[:, :, n.heads[0]]
+        else: change = b[out] - b[experts].sum(2) - a[out] + a[experts].sum(2)
+        want = PAIRS.last(model.run(PAIRS.clean, edit=patch(out, a[out] + change)).logits)
+        assert near(run_edges(model, PAIRS, g, g.edges[:, 0] != k), want, 1e-5), n.name
+        assert float(found[k]) == pytest.approx(float((base - logit_diff(want, PAIRS)).mean()), abs=1e-4), n.name
+
+
+@torch.no_grad()
+def test_one_edge_into_an_expert(mixed):
+    "All experts hear the clean prompt but one, which hears the counterfactual's embedding; its router too."
+    model, g = mixed
+    n = next(n for n in g.nodes if n.kind == 'expert' and n.block > 0)
+    experts, out = f'blocks.{n.block}.mlp.experts', f'blocks.{n.block}.mlp_out'
+    mid = n.stream
+    embed = [model.run_with_cache(ids, 'blocks.0.resid_pre')[1]['blocks.0.resid_pre'] for ids in (PAIRS.clean, PAIRS.corrupt)]
+    x = model.run_with_cache(PAIRS.clean, [mid, experts, out])[1]
+    moved = model.run_with_cache(PAIRS.clean, [experts], edit=patch(mid, x[mid] + embed[1] - embed[0]))[1][experts]
+    want = PAIRS.last(model.run(PAIRS.clean, edit=patch(out, x[out] + (moved - x[experts])[:, :, 0])).logits)
+    keep = torch.arange(len(g)) != g.edge(f'embed->{n.name}')
+    assert near(run_edges(model, PAIRS, g, keep), want, 1e-5)
+
+
+@pytest.mark.parametrize('ablation', ['patch', 'mean'])
+def test_scores_of_experts_are_the_derivative_of_a_run_of_edges(mixed, ablation):
+    model, g = mixed
+    ours, want = attribute(model, PAIRS, g, method='eap', ablation=ablation, progress=False), derivative(model, g, True, ablation)
+    some = ~g.inner
+    assert near(ours.edges[some], want[some], 1e-4)
+    into = torch.tensor([g.nodes[b].kind == 'expert' for b in g.edges[:, 1].tolist()])
+    assert near(ours.edges[into], want[into], 1e-3) and want[into].abs().max() > 0
+
+
+def test_experts_that_are_not_there():
+    model = load_model('mock://mamba2-tiny')
+    with pytest.raises(ValueError, match='with experts'): with_experts(model, model_graph(model))
