@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Scores', 'attribute']
 
 # %% ../nbs/63_attribute.ipynb #imports
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,7 @@ def attribute(
     steps: int = 5,  # of the integral: inputs k/steps of the way from counterfactual to clean, k = 1 ... steps
     frozen: bool = True,  # hold norms still in the backward pass
     ablation: str = 'patch',  # what stands in for a value: the counterfactual's, the 'mean', or 'zero'
+    mean: Mapping[str, Tensor] | None = None,  # for 'mean': of `means`; None: of these pairs
     by_position: bool = False,  # edges by the position that reads; for prompts of one length
     tokens: int = 2048,  # in a batch: what memory is used for
     progress: bool = True,
@@ -82,7 +83,7 @@ def attribute(
     if not (isinstance(steps, int) and steps > 0): raise ValueError(f'got steps={steps!r}, expected 1 or more')
     if by_position: check_positions(graph, pairs)
     run = _Attribution(model, graph, metric_of(metric, model, pairs), frozen, ablation, by_position)
-    run.mean = means(model, pairs, run.written) if ablation == 'mean' else None
+    run.mean = means(model, pairs, run.written) if ablation == 'mean' and mean is None else mean
     alphas, done = [1.] if method == 'eap' else [k/steps for k in range(1, steps + 1)], 0
     size = max(1, tokens//pairs.clean.shape[1])
     with tqdm(total=len(pairs), desc=f'{method} of {len(graph):,} edges', unit='pair', disable=not progress) as bar:

@@ -23,6 +23,12 @@ from .pairs import Metric, Pairs, ends, metric_of
 from .subgraph import Plan, run_plan, start_of
 
 # %% ../nbs/66_search.ipynb #acdc
+def _plain(graph: Graph) -> Graph:
+    "The graph; ValueError where parts of a site are nodes of their own."
+    if fine := [n.name for n in graph.nodes if n.kind in ('latent', 'expert') or n.steps is not None]:
+        raise ValueError(f'got a graph with {fine[0]}, expected one without latents, experts and steps')
+    return graph
+
 def _positive(**numbers):
     for name, v in numbers.items():
         if not v > 0: raise ValueError(f'got {name}={v}, expected more than 0')
@@ -197,6 +203,10 @@ def _together(graph: Graph) -> list[list[int]]:
         if n.kind != 'logits': out.setdefault((n.block, n.writes, n.port == 'rest'), []).append(k)
     return list(out.values())
 
+def _sites(model: HookedModel, graph: Graph) -> list[str]:
+    "What attribution may read."
+    return list(dict.fromkeys([*exchanged(graph), *(f'blocks.{i}.resid_pre' for i in range(model.n_layers))]))
+
 def _moves(graph: Graph, group: Sequence[int], clean, other) -> dict[str, Tensor]:
     "From clean to counterfactual, by site of some nodes."
     out = {}
@@ -212,23 +222,28 @@ def eap_ig_activations(
     metric: str | Metric = 'logit_diff',  # or 'log_prob', 'kl', a function
     steps: int = 5,  # of the integral: outputs k/steps of the way from counterfactual to clean, k = 1 ... steps
     frozen: bool = True,  # hold norms still in the backward pass
+    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, the 'mean', or 'zero'
     tokens: int = 2048,  # in a batch
     progress: bool = True,
 ) -> Scores:
     """EAP-IG over activations (Hanna et al. 2024), the writers of one block at a time; after an interrupt what is done.
 
-    Raises ValueError for a graph of another model, and for steps that are not positive.
+    Raises ValueError for a graph of another model or with finer parts, and for steps that are not positive.
     """
     _positive(steps=steps)
-    graph, measure = graph_of(model, graph), metric_of(metric, model, pairs)
+    check_ablation(ablation)
+    graph, measure = _plain(graph_of(model, graph)), metric_of(metric, model, pairs)
     groups, done = _together(graph), 0
-    sites = list(dict.fromkeys([*exchanged(graph), *(f'blocks.{i}.resid_pre' for i in range(model.n_layers))]))
+    sites = _sites(model, graph)
     edges, nodes, clean, corrupt = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), 0., 0.
-    options = dict(graph=graph, metric=measure, method='eap', frozen=frozen, tokens=10**9, progress=False)
+    mean = means(model, pairs, sites) if ablation == 'mean' else None
+    options = dict(graph=graph, metric=measure, method='eap', frozen=frozen, ablation=ablation, mean=mean,
+                   tokens=10**9, progress=False)
     with tqdm(total=len(pairs), desc=f'{len(groups)} groups, {steps} steps', unit='pair', disable=not progress) as bar:
         try:
             for b in pairs.batches(tokens):
-                with torch.no_grad(): now, els = (model.run_with_cache(i, sites)[1] for i in (b.clean, b.corrupt))
+                with torch.no_grad(): now = model.run_with_cache(b.clean, sites)[1]
+                els = instead(model, b, sites, ablation, mean)
                 last = attribute(model, b, **options)
                 part, part_nodes = last.edges/steps, last.nodes/steps
                 for group in groups:
@@ -245,8 +260,8 @@ def eap_ig_activations(
         except KeyboardInterrupt:
             if not done: raise
     note = '' if done == len(pairs) else f'interrupted after {done} of {len(pairs)} pairs'
-    return Scores(graph, edges/done, nodes/done, f'eap-ig of activations ({steps} steps){", norms frozen"*frozen}',
-                  clean/done, corrupt/done, done, note)
+    name = f'eap-ig of activations ({steps} steps){", norms frozen"*frozen}'
+    return Scores(graph, edges/done, nodes/done, name, clean/done, corrupt/done, done, note)
 
 # %% ../nbs/66_search.ipynb #flow
 def importances(
@@ -284,7 +299,7 @@ def flow_routes(
     progress: bool = True,
 ) -> Scores:
     "Information-flow routes (Ferrando & Voita 2024): how much of what is read in the end comes over each edge."
-    graph, measure = graph_of(model, graph), metric_of(metric, model, pairs)
+    graph, measure = _plain(graph_of(model, graph)), metric_of(metric, model, pairs)
     clean, corrupt = (float(v.mean()) for v in ends(model, pairs, measure))
     edges, nodes, into, done = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), {}, 0
     for e, (a, b) in enumerate(graph.edges.tolist()): into.setdefault(b, []).append((e, a))
@@ -334,6 +349,7 @@ def grad_drop(
     metric: str | Metric = 'logit_diff',  # or 'log_prob', 'kl', a function
     plain: bool = False,  # does the gradient without a drop count as a pass too?
     frozen: bool = True,  # hold norms still in the backward pass
+    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, the 'mean', or 'zero'
     progress: bool = True,
 ) -> Scores:
     """GradDrop of AtP* (Kramár et al. 2024): mean magnitude of `eap`, the gradient of each block dropped in turn.
@@ -341,7 +357,10 @@ def grad_drop(
     After an interrupt from the pairs that were done. Raises ValueError for a graph of another model.
     """
     graph, measure, many = graph_of(model, graph), metric_of(metric, model, pairs), model.n_layers
-    options = dict(graph=graph, metric=measure, method='eap', frozen=frozen, progress=False)
+    check_ablation(ablation)
+    mean = means(model, pairs, _sites(model, graph)) if ablation == 'mean' else None
+    options = dict(graph=graph, metric=measure, method='eap', frozen=frozen, ablation=ablation, mean=mean,
+                   progress=False)
     edges, nodes, clean, corrupt, done = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), 0., 0., 0
     drops = [None]*(plain or many == 1) + [*range(many)]*(many > 1)
     passes = torch.tensor([len(drops) - (many > 1 and 0 <= n.block < many) for n in graph.nodes])

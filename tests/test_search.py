@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from circuitbench.apart import with_experts
 from circuitbench.attribute import attribute
 from circuitbench.graph import model_graph
 from circuitbench.judge import auroc
@@ -237,6 +238,15 @@ def scores_by_hand(run, metric, clean, corrupt, graph):
     return torch.tensor([inner[f'{a}->{b}'] if f'{a}->{b}' in inner else float(((now[a] - els[a])*G[b]).detach().sum()) for a, b in named])
 
 
+def stands_in(corrupt, ablation, hf):
+    "A counterfactual run, with zeros or the means over all tokens of the clean prompts as its values."
+    if ablation == 'patch': return corrupt
+    every, here = Bare(hf, PAIRS.clean), torch.arange(PAIRS.clean.shape[1]) <= PAIRS.at[:, None]
+    for name, v in corrupt.seen.items():
+        corrupt.seen[name] = torch.zeros_like(v) if ablation == 'zero' else every.seen[name][here].mean(0).expand_as(v).detach()
+    return corrupt
+
+
 def the_metric(run, pairs): return logit_diff(pairs.last(run.logits), pairs).sum()
 
 
@@ -248,9 +258,11 @@ def test_eap_by_hand_is_attribute():
     assert near(attribute(model, PAIRS, g, method='eap', frozen=False, **QUIET).edges, want)
 
 
-def test_integrated_activations_by_plain_autograd():
+@pytest.mark.parametrize('ablation', ['patch', 'mean', 'zero'])
+def test_integrated_activations_by_plain_autograd(ablation):
     model, steps = load_model('mock://llama-tiny'), 3
     g, (clean, corrupt) = model_graph(model), (Bare(model.hf, ids) for ids in (PAIRS.clean, PAIRS.corrupt))
+    corrupt = stands_in(corrupt, ablation, model.hf)
     blocks = range(clean.L)
     groups = [(['embed'], lambda n: n == 'embed')]
     for i in blocks:
@@ -263,28 +275,29 @@ def test_integrated_activations_by_plain_autograd():
             part = {s: (corrupt.seen[s] + k/steps*(clean.seen[s] - corrupt.seen[s])).detach() for s in sites}
             run = Bare(model.hf, PAIRS.clean, part)
             want[own] += scores_by_hand(run, the_metric(run, PAIRS), clean, corrupt, g)[own]/steps/len(PAIRS)
-    found = eap_ig_activations(model, PAIRS, g, steps=steps, frozen=False, **QUIET)
+    found = eap_ig_activations(model, PAIRS, g, steps=steps, frozen=False, ablation=ablation, **QUIET)
     assert near(found.edges, want) and bare(model) and found.pairs == 3
+    if ablation != 'patch': return
     assert not near(attribute(model, PAIRS, g, steps=steps, frozen=False, **QUIET).edges, want, .05)
     assert near(eap_ig_activations(model, PAIRS, g, steps=steps, frozen=False, tokens=1, **QUIET).edges, want)
     base, gone = (float(the_metric(r, PAIRS).detach())/3 for r in (clean, corrupt))
     assert (found.clean, found.corrupt) == pytest.approx((base, gone), abs=1e-4)
 
 
-@pytest.mark.parametrize('plain', [False, True])
-def test_gradients_with_a_block_dropped_by_plain_autograd(plain):
+@pytest.mark.parametrize('plain, ablation', [(False, 'patch'), (True, 'patch'), (True, 'mean'), (False, 'zero')])
+def test_gradients_with_a_block_dropped_by_plain_autograd(plain, ablation):
     "Each block in turn adds what it added, as a constant; magnitudes of each pair, then means."
     model = load_model('mock://llama-tiny')
     g, total = model_graph(model), 0
     for p in range(len(PAIRS)):
         one = PAIRS[p]
-        clean, corrupt = Bare(model.hf, one.clean), Bare(model.hf, one.corrupt)
+        clean, corrupt = Bare(model.hf, one.clean), stands_in(Bare(model.hf, one.corrupt), ablation, model.hf)
         stream = [clean.seen[f'{i}.pre'] for i in range(clean.L)] + [clean.seen['last']]
         drops = [{i: (stream[i + 1] - stream[i]).detach()} for i in range(clean.L)] + [{}]*plain
         runs = [Bare(model.hf, one.clean, held=held) for held in drops]
         total = total + sum(scores_by_hand(r, the_metric(r, one), clean, corrupt, g).abs() for r in runs)
     passes = torch.tensor([clean.L + plain - (not n.endswith('->logits')) for n in g.names])
-    found = grad_drop(model, PAIRS, g, plain=plain, frozen=False, **QUIET)
+    found = grad_drop(model, PAIRS, g, plain=plain, frozen=False, ablation=ablation, **QUIET)
     assert near(found.edges, total/passes/len(PAIRS)) and bare(model) and (found.nodes[:-1] >= 0).all()
 
 
@@ -388,11 +401,14 @@ def test_errors():
     for f in METHODS:
         with pytest.raises(ValueError, match='got a graph of mock://mamba2-tiny, expected one of mock://llama-tiny'): f(model, PAIRS, g, **QUIET)
         with pytest.raises(ValueError, match="got metric='loss'"): f(model, PAIRS, metric='loss', **QUIET)
-    for f in (acdc, learned_masks):
+    for f in (acdc, learned_masks, eap_ig_activations, grad_drop):
         with pytest.raises(ValueError, match="got ablation='noise'"): f(model, PAIRS, ablation='noise', **QUIET)
     with pytest.raises(ValueError, match='got threshold=0, expected more than 0'): acdc(model, PAIRS, threshold=0, **QUIET)
     with pytest.raises(ValueError, match=r'got \(3,\) edges, expected \(106,\)'): acdc(model, PAIRS, begin=torch.ones(3, dtype=torch.bool), **QUIET)
     with pytest.raises(ValueError, match='got steps=0, expected more than 0'): eap_ig_activations(model, PAIRS, steps=0, **QUIET)
+    jamba = load_model('mock://jamba-tiny')
+    for f in (eap_ig_activations, flow_routes):
+        with pytest.raises(ValueError, match='without latents, experts and steps'): f(jamba, PAIRS, with_experts(jamba, model_graph(jamba)), **QUIET)
     with pytest.raises(ValueError, match='got share=-1, expected more than 0'): learned_masks(model, PAIRS, share=-1, **QUIET)
     with pytest.raises(ValueError, match=r'got start=1.0, expected less than 1'): learned_masks(model, PAIRS, start=1., **QUIET)
     assert bare(model)
