@@ -2,7 +2,7 @@
 
     pip install -r bench/requirements.txt
     python bench/circuit.py [--quick] [--json OUT] [--only anchor,eap,memory,exact,faithful,scale]
-    python bench/circuit.py --only big          (once: node scores of a random model of 1.5 B parameters)
+    python bench/circuit.py --only big          (once, 5 minutes: scores of a random model of 1.5 B)
 
 `anchor` and the speed beside TransformerLens 4.3 are on a random Llama with as many keys as queries, which is what its
 attribution takes; it goes pair by pair and position by position, its gradients are taken on the corrupt run, norms as
@@ -216,18 +216,23 @@ def drawn(model, n, length):
 
 
 def big(o):
-    "Scores of all nodes and edges of a random model in the shape of 1.5 B parameters, two prompts of 128 tokens, once."
-    model = shaped(48, 64, d_model=2048, state=128, vocab=50_288)
-    pairs = drawn(model, 2, 128)
-    graph = model_graph(model)
-    start = time.perf_counter()
-    run(model, pairs)
-    once = time.perf_counter() - start
-    start, took = time.perf_counter(), []
-    mib = peak(lambda: took.append(attribute(model, pairs, graph, tokens=128, **EAP)))
-    many = sum(p.numel() for p in model.hf.parameters())
-    table([dict(parameters=many/1e9, nodes=len(graph.nodes), edges=len(graph), run_s=once,
-                eap_s=time.perf_counter() - start, MiB=mib)], o, 'EAP of a random Mamba-2 of about 1.5 B parameters')
+    "Scores of all nodes and edges of a random model of 1.5 B parameters, two prompts of 64 tokens, once."
+    layers, heads, d = (2, 8, 128) if o.quick else (48, 64, 2048)
+    model = shaped(layers, heads, d_model=d, state=128, vocab=50_288)
+    pairs, graphs = drawn(model, 2, 64), []
+    calls = dict(graph=lambda: graphs.append(model_graph(model)), forward=lambda: model.run(pairs.clean),
+                 run=lambda: run(model, pairs, 64),
+                 eap=lambda: attribute(model, pairs, graphs[0], tokens=64, **EAP))
+    spent = {}
+    for name, call in calls.items():
+        start = time.process_time()
+        mib = peak(call)
+        spent |= {f'{name}_s': time.process_time() - start, f'{name}_MiB': mib}
+        print('.', end='', flush=True)
+    size = dict(billions=sum(p.numel() for p in model.hf.parameters())/1e9, layers=layers, heads=heads,
+                nodes=len(graphs[0].nodes), edges=len(graphs[0]))
+    table([size | spent], o,
+          'EAP of a random Mamba-2, two prompts of 64 tokens; run: forward and backward; s of processor time, once')
 
 
 if __name__ == '__main__':

@@ -6,20 +6,22 @@
 __all__ = ['exact']
 
 # %% ../nbs/65_exact.ipynb #imports
+import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .attribute import Scores, check_ablation, instead, means
+from .attribute import Scores
 from .edit import Edit
-from .graph import Graph, graph_of
+from .exchange import check_ablation, exchanged, instead, means
+from .graph import Graph, Node, graph_of
 from .hook import HookedModel
 from .pairs import Metric, Pairs, answers_only, ends, metric_of
 from .patching import above
-from .subgraph import Plan, Start, exchanged, run_plan, start_of
+from .plan import Plan
+from .subgraph import Start, run_plan, start_of
 
 # %% ../nbs/65_exact.ipynb #exact
 @torch.no_grad()
@@ -31,7 +33,7 @@ def exact(
     edges: Sequence[int] | bool = True,  # numbers of edges, all, or none
     nodes: Iterable[str] | bool = True,  # names of nodes, all, or none
     ablation: str = 'patch',  # or 'mean', 'zero'
-    tokens: int = 4096,  # in a batch
+    tokens: int = 1024,  # in a batch: more do not fit the caches of a CPU
     progress: bool = True,
 ) -> Scores:
     """The metric lost with each edge and each node exchanged, by runs; after an interrupt what is done, NaN elsewhere.
@@ -45,69 +47,85 @@ def exact(
     wanted = list(range(len(graph))) if edges is True else [] if edges is False else list(edges)
     chosen = range(len(graph.nodes)) if nodes is True else [] if nodes is False else [graph.index[n] for n in nodes]
     found, by_node = torch.full((len(graph),), torch.nan), torch.full((len(graph.nodes),), torch.nan)
-    batches = [(b, other := instead(model, b, names, ablation, mean), start_of(model, b, graph, other))
-               for b in pairs.batches(tokens//2)]
-    clean, corrupt = (float(v.mean()) for v in ends(model, pairs, measure))
-    base = sum(float(measure(b.last(model.run(b.clean).logits), b).sum()) for b, _, _ in batches)
+    parts = _by_length(pairs, tokens//2)
+    clean, corrupt = (sum(float(v.sum()) for v in values)/len(pairs)
+                      for values in zip(*(ends(model, b, measure) for b in parts)))
+    batches = [(b, *_looked_at(model, b, graph, names, ablation, mean)) for b in parts]
     with tqdm(total=len(wanted) + len(chosen), desc='exchanging', unit='run', disable=not progress) as bar:
         try:
-            _nodes(model, graph, {*chosen}, batches, measure, base, by_node, tokens, bar)
+            _nodes(model, graph, {*chosen}, batches, measure, clean, by_node, tokens, bar)
             for e in wanted:
                 keep = torch.ones(len(graph), dtype=torch.bool)
                 keep[e] = False
                 plan = Plan(graph, keep)
-                found[e] = (base - _total(model, plan, batches, measure))/len(pairs)
+                found[e] = clean - _mean(model, plan, batches, measure)
                 bar.update()
         except KeyboardInterrupt: note = 'interrupted: what is missing is NaN'
         else: note = ''
     return Scores(graph, found, by_node, f'exact ({ablation})', clean, corrupt, len(pairs), note)
 
-def _nodes(model, graph: Graph, chosen: set, batches, measure, base: float, out: Tensor, tokens: int, bar):
-    "Fills the scores of the nodes, block by block."
-    for block in range(-1, model.n_layers):
-        some = [k for k, n in enumerate(graph.nodes)
-                if k in chosen and n.block == block and n.kind != 'logits' and not _by_edges(n)]
+def _by_length(pairs: Pairs, tokens: int) -> list[Pairs]:
+    "Batches of pairs that are about as long, so that little is run on padding; few pairs stay together."
+    lengths, out = (pairs.at + 1).tolist(), [[]]
+    for i in sorted(range(len(pairs)), key=lengths.__getitem__):
+        n, rows = lengths[i], out[-1]
+        longer = rows and n > 1.25*lengths[rows[0]] and n*len(rows) > tokens//8
+        if longer or rows and n*(len(rows) + 1) > tokens: out.append([i])
+        else: rows.append(i)
+    return [pairs[rows] for rows in out]
+
+def _looked_at(model, b: Pairs, graph: Graph, names, ablation: str, mean) -> tuple[dict[str, Tensor], Start]:
+    "What stands in for each value of a batch, and its clean run."
+    with answers_only(model, b):
+        other = instead(model, b, names, ablation, mean)
+        return other, start_of(model, b, graph, other)
+
+def _nodes(model, graph: Graph, chosen: set, batches, measure, clean: float, out: Tensor, tokens: int, bar):
+    "Fills the scores of the nodes, those together that are first heard of at one stage of the stream."
+    n_pairs, stages = sum(len(b) for b, _, _ in batches), {}
+    for k in sorted(chosen):
+        n = graph.nodes[k]
+        if n.kind != 'logits' and not graph.by_edges[k]: stages.setdefault(_stage(n), []).append(k)
+    for stage, some in stages.items():
         total = dict.fromkeys(some, 0.)
         for b, other, start in batches:
             size = max(1, tokens//b.clean.numel())
             for part in (some[i:i + size] for i in range(0, len(some), size)):
-                values = _exchanged(model, graph, b, other, start, part, max(block, 0))
+                values = _exchanged(model, graph, b, other, start, part, stage)
                 for k, logits in zip(part, values): total[k] += float(measure(logits, b).sum())
-                bar.update(len(part))
-        for k, v in total.items(): out[k] = (base - v)/sum(len(b) for b, _, _ in batches)
-    for k, n in enumerate(graph.nodes):                                    # all that enters it
-        if not _by_edges(n) or k not in chosen: continue
-        lost = _total(model, Plan(graph, graph.edges[:, 1] != k), batches, measure)
-        out[k] = (base - lost)/sum(len(b) for b, _, _ in batches)
+        for k, v in total.items(): out[k] = clean - v/n_pairs
+        bar.update(len(some))
+    for k in (k for k in sorted(chosen) if graph.by_edges[k]):              # all that enters it
+        out[k] = clean - _mean(model, Plan(graph, graph.edges[:, 1] != k), batches, measure)
         bar.update()
 
-def _by_edges(n) -> bool: return n.lag is not None or n.port == 'rest'
+def _stage(n: Node) -> int: return n.reads if n.kind == 'port' else math.ceil(n.writes)
 
-def _total(model, plan: Plan, batches, measure: Callable) -> float:
-    "The sum of the metric over all pairs."
-    return sum(float(measure(run_plan(model, b, plan, other, start), b).sum()) for b, other, start in batches)
+def _mean(model, plan: Plan, batches, measure: Callable) -> float:
+    "The metric with the edges of a plan, mean over all pairs."
+    total = sum(float(measure(run_plan(model, b, plan, other, start), b).sum()) for b, other, start in batches)
+    return total/sum(len(b) for b, _, _ in batches)
 
-def _exchanged(model, graph: Graph, b: Pairs, other, start: Start, nodes: list[int], block: int) -> list[Tensor]:
-    "Logits at the answers with each of some nodes of a block exchanged, in one run."
+def _exchanged(model, graph: Graph, b: Pairs, other, start: Start, nodes: list[int], stage: int) -> list[Tensor]:
+    "Logits at the answers with each of some nodes exchanged, in one run from the first block that hears of it."
+    block, sites = min(stage//2, model.n_layers - 1), {}
+    stream = f'blocks.{stage//2}.resid_{"mid" if stage % 2 else "pre"}'
+    if stage == 2*model.n_layers: stream = graph.nodes[-1].site
+    for k, i in enumerate(nodes):
+        n = graph.nodes[i]
+        sites.setdefault(n.site if n.kind == 'port' else stream, []).append((slice(k*len(b), (k + 1)*len(b)), i, n))
     def _edit(site: str):
-        mine = [(k, graph.nodes[i]) for k, i in enumerate(nodes) if graph.nodes[i].site == site]
         def _put(x, where):
-            new, value = x.clone(), other[site].expand_as(x[:len(b)]).to(x)
-            if mine[0][1].branch == 'block': value = value - other[f'blocks.{block}.resid_pre'] + pre.to(x)
-            for k, n in mine:
-                rows, cut = slice(k*len(b), (k + 1)*len(b)), lambda v: v
-                many = model.sizes.get('q_head' if n.branch == 'attn' else 'head')
-                if n.kind == 'head': cut = partial(_by_head, many=many)
-                if n.heads is None: new[rows] = value
+            new = x.clone()
+            for rows, i, n in sites[site]:
+                if n.kind != 'port': new[rows] += start.added[i].to(x)
                 else:
-                    for h in n.heads: cut(new)[rows, :, h] = cut(value)[:, :, h]
+                    cols = slice(None) if n.heads is None else list(n.heads)
+                    value = other[site].expand_as(new[rows]).to(x)
+                    new[rows, :, cols] = value[:, :, cols]
             return new
         return Edit(site, _put, label='exchange')
-    pre = start.hidden[block][:, model.meta:]
-    edits = [_edit(site) for site in dict.fromkeys(graph.nodes[i].site for i in nodes)]
     hidden = start.hidden[block].repeat(len(nodes), 1, 1)
     with above(model, block, hidden, start.returned), answers_only(model, b):
-        out = model.run(b.clean.repeat(len(nodes), 1), edit=edits).logits
+        out = model.run(b.clean.repeat(len(nodes), 1), edit=[_edit(site) for site in sites]).logits
     return [rows[:, 0].float() for rows in out.split(len(b))]
-
-def _by_head(v: Tensor, many: int) -> Tensor: return v.flatten(2).unflatten(2, (many, -1))
