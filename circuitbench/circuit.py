@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -140,10 +141,17 @@ class Circuit:
     # -- how good it is ------------------------------------------------------------------
     def values(self, keep: Tensor, model: HookedModel | None = None, pairs: Pairs | None = None) -> Tensor:
         "The metric of each pair with some edges alone carrying the clean prompt, (n,)."
-        model, pairs, measure, _ = self.asked_of(model, pairs)
-        mean = means(model, self.pairs.to(model.device), exchanged(self.graph)) if self.ablation == 'mean' else None
+        model, pairs, measure = self.asked_of(model, pairs)
+        if self.ablation == 'mean' and model not in self._means:
+            self._means[model] = means(model, self.pairs.to(model.device), exchanged(self.graph))
+        mean = self._means.get(model)
         with torch.no_grad(): logits = run_edges(model, pairs, self.graph, keep, self.ablation, mean)
         return measure(logits, pairs).cpu()
+
+    @cached_property
+    def _means(self) -> dict[HookedModel, dict[str, Tensor]]:
+        "What stands in for a value, by the model that it was taken of."
+        return {}
 
     def faithfulness(
         self,
@@ -168,14 +176,16 @@ class Circuit:
         return Interval(1 - f.value, 1 - f.high, 1 - f.low)
 
     def _share(self, keep, model, pairs, draws) -> Interval:
-        model, pairs, _, (clean, corrupt) = self.asked_of(model, pairs)
+        model, pairs, measure = self.asked_of(model, pairs)
+        clean, corrupt = ends(model, pairs, measure)
         v = torch.stack([self.values(keep, model, pairs), clean, corrupt], 1)
         faithfulness_of(*v.mean(0))
         return bootstrap(v.numpy(), lambda rows: faithfulness_of(*rows.mean(0)), draws)
 
     def minimality(self, model: HookedModel | None = None, pairs: Pairs | None = None) -> list[tuple[str, float]]:
         "For each head and MLP in the circuit, the faithfulness lost without it, least first: (name, loss)."
-        model, pairs, _, (clean, corrupt) = self.asked_of(model, pairs)
+        model, pairs, measure = self.asked_of(model, pairs)
+        clean, corrupt = ends(model, pairs, measure)
         share = lambda keep: faithfulness_of(float(self.values(keep, model, pairs).mean()), float(clean.mean()),
                                              float(corrupt.mean()))
         whole, out = share(self.keep), []
@@ -187,14 +197,14 @@ class Circuit:
         return sorted(out, key=lambda e: e[1])
 
     def asked_of(self, model=None, pairs=None):
-        "The model, pairs on its device, the metric, and its values on clean and corrupt prompts."
+        "The model, pairs on its device, and the metric."
         model = self.model_ if model is None else model
         if model is None: raise ValueError('got a circuit from a file without its model, expected model=')
         if model.name != self.model: raise ValueError(f'got {model.name}, expected {self.model}, whose circuit this is')
         pairs = (self.pairs if pairs is None else pairs).to(model.device)
         if self.metric_ is not None and self.metric != 'kl': measure = self.metric_
         else: measure = metric_of(self.metric, model, pairs)
-        return model, pairs, measure, ends(model, pairs, measure)
+        return model, pairs, measure
 
     @property
     def cpr(self) -> float:
@@ -262,7 +272,7 @@ class Circuit:
 
     def closeup(self, node: str) -> str:
         "A node on the first prompt as HTML: where it matters, what its head looks back at."
-        model, pairs, measure, _ = self.asked_of()
+        model, pairs, measure = self.asked_of()
         return closeup(model, pairs, self.graph, node, measure)
 
     def plot(self, n: int = 20):

@@ -105,7 +105,7 @@ def trace_state(
 
     Raises ValueError where no recurrent head is in the circuit, and for names that are not there.
     """
-    model, pairs, measure, _ = circuit.asked_of(model)
+    model, pairs, measure = circuit.asked_of(model)
     b, nodes = pairs[pair], circuit.graph.nodes
     have = {n.name: k for k, n in enumerate(nodes) if n.kind == 'head' and n.branch == 'ssm'}
     if isinstance(heads, int):
