@@ -8,7 +8,7 @@ __all__ = ['SCALARS', 'HookedModel', 'activation_view', 'HookInspector']
 # %% ../nbs/30_hook.ipynb #5d2bc927
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cached_property
 from importlib import import_module
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attach import check_points
 from .chart import heatmap
 from .draw import esc, token_strip, wrap
-from .edit import Edit, Meta, Rows, check_at, live, positions
+from .edit import Edit, Edits, Meta, Rows, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read
 from .record import Delta, Mamba
 from .seam import CACHE
@@ -58,6 +58,7 @@ class HookedModel:
         self.sizes = self.adapter.sizes(self.config)
         self.hook_point = short(self.site_names(hook_point or self.adapter.hook_point)[0])
         self.meta = self.adapter.meta(self.config)                       # rows that the model puts before the prompt
+        self.standing = []                                               # plans that every run is under
         uses = Counter(id(m) for block in self.blocks for m in block.modules())
         self.shared = {m for m, n in uses.items() if n > 1}             # one module at several depths
         own = type(hf).__module__.startswith('circuitbench.')            # ours count positions themselves
@@ -190,18 +191,19 @@ class HookedModel:
             raise ValueError("got keep_state with padding on the right, which states would read; expected pad='left'")
         if state is not None: state, mask = self._state_for(state, ids, mask, backend)
         length = past + ids.shape[1]
-        ear = self._listener(names, edit, at, heads, dtype, (len(ids), length), length, grad, past, noted)
-        self._check_memory(ear.reads, *ids.shape, grad, length, last, past)
         options = dict(use_cache=keep_state or state is not None)
         if state is not None: options |= self._cached(state)
         if state is not None and self._told:
             options['position_ids'] = torch.arange(past, length, device=self.device).expand(len(ids), -1)
         recording = torch.enable_grad() if grad else nullcontext()
         rows = len(ids) if ids.stride(0) == 0 else 1                       # one prompt, seen several times
-        with listening(self, ear, backend, mask, grad, options['use_cache'], last, rows), recording:
-            out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
-        strings = [self.strings(r) for r in ids] if names else []
         tokens = ids if state is None else torch.cat([state.tokens, ids], 1)
+        with self._under(tokens, mask, edit, backend) as edit:
+            ear = self._listener(names, edit, at, heads, dtype, (len(ids), length), length, grad, past, noted)
+            self._check_memory(ear.reads, *ids.shape, grad, length, last, past)
+            with listening(self, ear, backend, mask, grad, options['use_cache'], last, rows), recording:
+                out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
+        strings = [self.strings(r) for r in ids] if names else []
         kept = from_cache(out[CACHE], tokens, mask, self.adapter.family, self.adapter.turned) if keep_state else None
         return Output(out.logits, ids, mask, kept), Cache(ear.heard, ear.pos, ear.paths, strings), ear.notes
 
@@ -273,15 +275,16 @@ class HookedModel:
         n = past.shape[1] + ids.shape[1]
         length = n + max_new_tokens - 1                                   # the last token is never read
         names = () if names == () else self.site_names(names)
-        ear = self._listener(names, edit, at, heads, None, (len(ids), n), length, False, past.shape[1])
-        self._check_memory(ear.reads, len(ids), length, False, n)
         fill, rng = self.hf.config.pad_token_id or 0, torch.random.fork_rng(enabled=seed is not None)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill, use_cache=True) | kwargs
-        with torch.no_grad(), rng, listening(self, ear, backend, mask, cached=True):
-            if seed is not None: torch.manual_seed(seed)
-            mask = ids.new_ones(len(ids), n) if mask is None else mask
-            mask = _mask_of_call(mask, state, past.shape[1])
-            out = torch.cat([past, self.hf.generate(ids, attention_mask=mask, **options)], 1)
+        with self._under(torch.cat([past, ids], 1), mask, edit, backend) as edit:
+            ear = self._listener(names, edit, at, heads, None, (len(ids), n), length, False, past.shape[1])
+            self._check_memory(ear.reads, len(ids), length, False, n)
+            with torch.no_grad(), rng, listening(self, ear, backend, mask, cached=True):
+                if seed is not None: torch.manual_seed(seed)
+                mask = ids.new_ones(len(ids), n) if mask is None else mask
+                mask = _mask_of_call(mask, state, past.shape[1])
+                out = torch.cat([past, self.hf.generate(ids, attention_mask=mask, **options)], 1)
         text = [] if self.tokenizer is None else [self.tokenizer.decode(r[n:], skip_special_tokens=True) for r in out]
         strings = [self.strings(r) for r in out] if ear.reads else []
         return Generation(text, out, n, Cache(ear.heard, ear.pos, {}, strings))
@@ -291,6 +294,13 @@ class HookedModel:
         return HookInspector(self, prompt, edit).set(**start)
 
     # -- how a run listens ---------------------------------------------------------------
+    @contextmanager
+    def _under(self, ids: Tensor, mask: Tensor | None, edit, backend: str):
+        "The edits of a run: those of the plans that stand over the model, see `interventions`, then its own."
+        with ExitStack() as stack:
+            plans = self.standing if backend == 'circuitbench' else ()
+            yield Edits([e for p in plans for e in stack.enter_context(p.of_run(self, ids, mask))]) | live(edit)
+
     def _listener(self, names, edit, at, heads, dtype, shape, length, grad, past=0, noted=()) -> Listener:
         "Checks what is asked for against the model and the prompt."
         at, edits = self._rows(check_at(at)), {}
