@@ -33,13 +33,20 @@ padding:.1rem .2rem;text-align:left;border-radius:4px;font-size:13px} .board .li
 .board .lg .scale{position:relative;display:inline-block;vertical-align:top;width:25em;height:2.2em;max-width:calc(100% - 4em)} .board .lg .scale b{position:absolute;left:0;top:0;width:100%;margin:0}
 .board .lg .scale em{position:absolute;top:1em;font-style:normal;transform:translateX(-50%);white-space:nowrap} .board .lg{align-items:flex-start;margin-top:.6rem}
 .board.slim .lg .scale em:nth-of-type(even){display:none} .board .lg .scale em:first-of-type{transform:none} .board .lg .scale em:last-child{transform:translateX(-100%)}
-.board .ask{overflow-wrap:anywhere} .board .told{overflow-x:auto}`
+.board .ask{overflow-wrap:anywhere} .board .told{overflow-x:auto} .board{--stream:light-dark(#b01e5d,#ff93bb)}
+.board .lay{gap:0} .board .lay button{border-radius:0;margin-left:-1px} .board .lay button:first-child{border-radius:6px 0 0 6px} .board .lay button:last-child{border-radius:0 6px 6px 0}
+.board .lay button[aria-pressed=true]{background:var(--ink);color:var(--back);border-color:var(--ink)}
+.board.spread .scene{overflow-x:auto;overflow-y:hidden} .board.spread .label{z-index:1;background:var(--back);padding-right:.3em}
+.board .lg i.along{width:1.8em;height:.45em;border:0;border-top:1.5px solid var(--s2);border-radius:0}
+.board .word{position:absolute;font-size:11px;line-height:1;color:var(--soft);white-space:pre;cursor:default} .board .word.slant{transform:rotate(55deg);transform-origin:0 0}
+.board.spread .node{text-overflow:ellipsis} .board.spread .node.pill{border-radius:8px}`
 
 const HTML = `<div class="ask"></div><details class="asked" hidden><summary></summary><div class="sc" tabindex="0" role="region" aria-label="Prompts"></div></details>
 <div class="top"><div class="size"><svg class="curve" role="img"></svg><input class="n" type="range" min="0" max="1000" step="1" aria-label="Edges kept, the largest first"></div>
 <div class="now"><div>largest <input class="count" type="number" min="1" aria-label="Edges kept"> <span class="all"></span></div><div class="kept"></div></div></div>
 <div class="bar"><input class="find" type="search" placeholder="Filter: 2.ssm, gate" aria-label="Filter by name; a comma means or">
-<span class="group kinds"></span><label><input type="checkbox" class="only">only parts in it</label><label class="both">show <select class="which"></select></label>
+<span class="group lay" role="group" aria-label="Layout" hidden><button type="button" data-by="head">by head</button><button type="button" data-by="position">by position</button></span>
+<span class="group kinds"></span><label class="few"><input type="checkbox" class="only">only parts in it</label><label class="both">show <select class="which"></select></label>
 <span class="group end"><button type="button" class="given" title="The edges that the circuit came with">As found</button><button type="button" data-save="svg">SVG</button><button type="button" data-save="png">PNG</button><button type="button" data-save="json">JSON</button></span></div>
 <div class="chips"></div><div class="stage"><div class="scene"><canvas class="edges"></canvas><canvas class="over"></canvas><canvas class="marks"></canvas>
 <div class="nodes" role="group"></div><div class="tip" hidden></div></div><aside class="side" aria-label="The chosen node" aria-live="polite"></aside></div>
@@ -59,10 +66,11 @@ async function read(bytes) {                                   // what is packed
 const num = x => x !== x ? '–' : Number.isInteger(x) && Math.abs(x) < 1e6 ? x.toLocaleString('en') : Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3
   ? x.toExponential(1) : Math.abs(x) >= 1000 ? Math.round(x).toLocaleString('en') : String(+x.toPrecision(3))
 const signed = x => x > 0 ? '+' + num(x) : num(x).replace('-', '−')
-const SHORT = {gate: 'g', decay: 'a', erase: 'e'}
+const SHORT = {gate: 'g', decay: 'a', erase: 'e', state: 's', write: 'w', rest: 'r'}
 const PORTS = {x: 'written', B: 'where it is written', C: 'where it is read', dt: 'step size', decay: 'what is kept', erase: 'what is removed',
-               gate: 'gate', q: 'query', k: 'key', v: 'value'}
-const COLOURS = {ssm: '--s2', attn: '--s3', mlp: '--s4'}
+               gate: 'gate', q: 'query', k: 'key', v: 'value', write: 'all other writes', state: 'carried between two steps', rest: 'heard beside the other ports'}
+const COLOURS = {ssm: '--s2', attn: '--s3', mlp: '--s4', stream: '--stream'}
+const LAG = /@\d+(>\d+)?$/                                   // of a port's name: how far back it looks, or from which step to which it carries
 function make(tag, props, ...inside) {
   const {data, aria, ...own} = props || {}, e = Object.assign(document.createElement(tag), own)
   for (const [k, v] of Object.entries(aria || {})) e.setAttribute(`aria-${k}`, v)
@@ -76,30 +84,30 @@ const sheet = (names, rows) => make('table', null, make('tr', null, ...names.map
 // -- the board ---------------------------------------------------------------------------
 // start: {node, size}; ask(name): HTML of a node by a promise, or null; tell: is given {node, size} after a choice.
 export async function mount(root, bytes, start, ask = null, tell = () => {}) {
-  const c = await read(bytes), N = c.nodes.length, E = c.source.length, two = c.graphs.length > 1
-  const score = c.graphs.map((_, k) => c['score' + k]), kept = c.graphs.map((_, k) => c['kept' + k]), worth = c.graphs.map((_, k) => c['node' + k])
-  const size = (k, e) => Math.abs(score[k][e]) || 0
-  const rank = c.graphs.map((_, k) => { const r = Uint32Array.from({length: E}, (_, e) => e), s = score[k].map(x => Math.abs(x) || 0)
-    return r.sort((a, b) => s[b] - s[a] || a - b) })
-  const top = c.graphs.map((_, k) => size(k, rank[k][0]) || 1)
+  // an edge at a position is a number, edge * T + position; a circuit that is not by position has one position
+  const c = await read(bytes), N = c.nodes.length, E = c.source.length, T = c.positions || 1, all = E * T, two = c.graphs.length > 1
+  const sums = c.graphs.map((_, k) => c['score' + k]), fine = c.graphs.map((_, k) => c['scores' + k] || sums[k]), kept = c.graphs.map((_, k) => c['kept' + k]), worth = c.graphs.map((_, k) => c['node' + k])
+  const rank = fine.map(v => { const s = v.map(x => Math.abs(x) || 0)
+    return Uint32Array.from({length: all}, (_, j) => j).sort((a, b) => s[b] - s[a] || a - b) })
+  const words = c.graphs[0].words || [], quoted = t => words[t] === undefined ? '' : ` ${JSON.stringify(words[t])}`
   root.innerHTML = `<style>${CSS}</style><div class="cbv board" data-lm-suppress-shortcuts="true">${HTML}<i style="display:none;color:light-dark(#000,#fff)"></i></div>`
   const box = root.querySelector('.board'), $ = s => box.querySelector(s), probe = box.lastElementChild, scene = $('.scene')
-  const st = {n: 1, given: true, which: two ? 2 : 0, unit: null, hidden: new Set(), pinned: new Set(), off: new Set(), text: '', only: false}
+  const st = {n: 1, given: true, which: two ? 2 : 0, spread: T > 1, unit: null, at: null, hidden: new Set(), pinned: new Set(), off: new Set(), text: '', only: false}
 
   // units: what is drawn; ports of one head are marks at it, a port that several heads share is a pill between them
   const units = [], unitOf = new Array(N), byName = new Map(), ends = c.nodes.map(() => [])
   for (let e = 0; e < E; e++) if (c.nodes[c.source[e]].kind == 'port') ends[c.source[e]].push(c.target[e])
-  const add = (name, i, kind, n) => { const u = {name, kind, block: n.block, branch: n.branch, node: i, members: [], marks: [], over: [], k: units.length}
-    units.push(u); byName.set(name, u); return u }
+  const add = (name, i, kind, n) => { const u = {name, kind, block: n.block, branch: n.branch, node: i, members: [], marks: [], over: [], k: units.length, at: null}
+    u.unit = u; units.push(u); byName.set(name, u); return u }
   const stage = n => n.reads ?? (2 * n.block + (n.branch == 'mlp' ? 1 : 0))
   c.nodes.forEach((n, i) => { if (n.kind == 'port') return
     const u = add(n.id, i, n.kind, n)
     u.stage = n.kind == 'embed' ? -1 : n.kind == 'logits' ? 1e9 : n.kind == 'head' ? 2 * n.block : stage(n); unitOf[i] = u })
   c.nodes.forEach((n, i) => { if (n.kind != 'port') return
-    const base = n.id.replace(/@\d+$/, '')
+    const base = n.id.replace(LAG, '')
     let u = ends[i].length == 1 ? unitOf[ends[i][0]] : byName.get(base)
     if (!u) { u = add(base, i, 'pill', n); u.port = n.port; u.stage = 2 * n.block }
-    u.members.push(i); unitOf[i] = u; byName.set(n.id, u)
+    u.members.push(i); unitOf[i] = u; byName.set(n.id, u); if (!byName.has(base)) byName.set(base, u)
     if (u.kind == 'pill') for (const t of ends[i]) if (!u.over.includes(unitOf[t])) u.over.push(unitOf[t]) })
   const seen = new Set()
   c.nodes.forEach((n, i) => { if (n.kind != 'port') return                                   // the marks of a head, a port and a lag each
@@ -112,67 +120,84 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
   for (let e = 0; e < E; e++) { from[e] = unitOf[c.source[e]].k; into[e] = unitOf[c.target[e]].k }
   const inputs = units.map(() => []), outputs = units.map(() => [])
   for (let e = 0; e < E; e++) { inputs[into[e]].push(e); if (from[e] != into[e]) outputs[from[e]].push(e) }
-  const unitScore = (u, k) => u.kind == 'pill' ? u.members.reduce((s, i) => s + (worth[k][i] || 0), 0) : worth[k][u.node]
-  const topNode = worth.map((_, k) => Math.max(...units.map(u => u.kind == 'embed' || u.kind == 'logits' ? 0 : Math.abs(unitScore(u, k)) || 0)) || 1)
-  const name = e => `${c.nodes[c.source[e]].id} → ${c.nodes[c.target[e]].id}`
+  const largest = (v, fits = () => true) => v.reduce((m, x, i) => fits(i) && Math.abs(x) > m ? Math.abs(x) : m, 0) || 1
+  const inside = i => units[i].kind != 'embed' && units[i].kind != 'logits'
+
+  // -- two layouts: by head, where what is drawn are the units, and by position, where each unit is drawn at each position that
+  // it takes part at. In both, place * D + position is the number of an edge or of what is drawn, in a layout of D positions
+  const byHead = {D: 1, spots: units, score: sums, top: sums.map(v => largest(v)), node: worth.map(w => units.map(u =>
+    u.kind == 'pill' ? u.members.reduce((s, i) => s + (w[i] || 0), 0) : w[u.node]))}
+  const byPosition = {D: T, spots: [], score: fine, top: fine.map(v => largest(v)), node: fine.map(v => { const out = new Float32Array(units.length * T)
+    for (let e = 0; e < E; e++) if (from[e] != into[e]) for (let t = 0; t < T; t++) out[from[e] * T + t] += v[e * T + t] || 0
+    return out })}                                             // the edges that leave a node at a position sum to what it is worth there
+  for (const l of [byHead, byPosition]) l.topNode = l.node.map(v => largest(v, k => inside(k / l.D | 0)))
+  let lay = st.spread ? byPosition : byHead
+  const edge = j => j / lay.D | 0, where = j => st.spread ? j % lay.D : null, tail = j => from[edge(j)] * lay.D + j % lay.D, head = j => into[edge(j)] * lay.D + j % lay.D
+  const chip = k => lay.spots[k] ||= {...units[k / lay.D | 0], at: k % lay.D, k, marks: [], bar: false, x: undefined}
+  const size = (k, j) => Math.abs(lay.score[k][j]) || 0, unitScore = (u, k) => lay.node[k][u.k]
+  const source = j => c.source[edge(j)], target = j => c.target[edge(j)], there = t => t === null ? '' : ` at ${t}${quoted(t)}`
+  const name = j => `${c.nodes[source(j)].id} → ${c.nodes[target(j)].id}${there(where(j))}`, title = u => u.name + there(u.at)
+  const touching = (lists, u) => { const here = lists[u.unit.k]  // edges in or out of a unit; by position at one, or at all of them
+    return !st.spread ? here : u.at !== null ? here.map(e => e * T + u.at) : here.flatMap(e => Array.from({length: T}, (_, t) => e * T + t)) }
 
   // -- which edges: the largest n, without hidden nodes, without those on no way through
   function chosen(k) {
-    const on = new Uint8Array(E)
+    const on = new Uint8Array(all)
     if (st.given) on.set(kept[k]); else for (let j = 0; j < st.n; j++) on[rank[k][j]] = 1
-    for (let e = 0; e < E; e++) if (on[e] && (gone(units[from[e]]) || gone(units[into[e]]))) on[e] = 0
+    for (let e = 0; e < E; e++) if (gone(units[from[e]]) || gone(units[into[e]])) on.fill(0, e * T, e * T + T)
     return (c.graphs[k].ablation || 'patch') == 'patch' ? through(on) : on
   }
   const gone = u => st.hidden.has(u) || st.off.has(u.branch) && !st.pinned.has(u)
-  function through(on) {
-    const reach = (a, b, kind) => { const to = new Map(), here = new Uint8Array(N), left = []
-      for (let e = 0; e < E; e++) if (on[e]) { if (!to.has(a[e])) to.set(a[e], []); to.get(a[e]).push(b[e]) }
-      for (let i = 0; i < N; i++) if (c.nodes[i].kind == kind || st.pinned.has(unitOf[i])) { here[i] = 1; left.push(i) }
-      while (left.length) for (const j of to.get(left.pop()) || []) if (!here[j]) { here[j] = 1; left.push(j) }
-      return here }
-    const down = reach(c.source, c.target, 'embed'), up = reach(c.target, c.source, 'logits'), out = new Uint8Array(E)
+  const upward = Uint32Array.from({length: E}, (_, e) => e).sort((a, b) => c.target[a] - c.target[b]), downward = upward.slice().sort((a, b) => c.source[b] - c.source[a])
+  function through(on) {                                       // on a way from the embedding to the logits that goes forward in time
+    const first = new Float64Array(N).fill(T), last = new Float64Array(N).fill(-1), out = new Uint8Array(all)
+    c.nodes.forEach((n, i) => { const held = st.pinned.has(unitOf[i]); if (n.kind == 'embed' || held) first[i] = 0; if (n.kind == 'logits' || held) last[i] = T - 1 })
+    for (let more = true; more;) { more = false                // the first position that something comes to, the last that leads on
+      for (const e of upward) for (let t = first[c.source[e]]; t < first[c.target[e]]; t++) if (on[e * T + t]) { first[c.target[e]] = t; more = true; break }
+      for (const e of downward) for (let t = last[c.target[e]]; t > last[c.source[e]]; t--) if (on[e * T + t]) { last[c.source[e]] = t; more = true; break } }
     let any = 0
-    for (let e = 0; e < E; e++) if (on[e] && down[c.source[e]] && up[c.target[e]]) any = out[e] = 1
+    for (let e = 0; e < E; e++) for (let t = first[c.source[e]]; t <= last[c.target[e]]; t++) if (on[e * T + t]) any = out[e * T + t] = 1
     through.any = any
     return any ? out : on
   }
   const hit = () => { const want = st.text.toLowerCase().split(',').map(s => s.trim()).filter(s => s)
     const ok = c.nodes.map(n => !want.length || want.some(w => n.id.toLowerCase().includes(w)))
-    return e => ok[c.source[e]] || ok[c.target[e]] }
-  let drawn = [], side = new Uint8Array(E), has = new Uint8Array(units.length), kind = new Uint8Array(units.length), order = '', sizes = [], cut = []
+    return j => ok[source(j)] || ok[target(j)] }
+  let drawn = [], full = [], side = [], has = [], own = new Map(), order = '', sizes = [], cut = []
   function choose() {                                          // side: 1 in the first, 2 in the second, 3 in both
-    side = new Uint8Array(E); sizes = []; has = new Uint8Array(units.length)
+    full = new Uint8Array(all); sizes = []
     for (const k of st.which == 2 ? [0, 1] : [st.which]) { const on = chosen(k); let n = 0; cut[k] = through.any
-      for (let e = 0; e < E; e++) if (on[e]) { side[e] |= 1 << k; n++ }
+      for (let j = 0; j < all; j++) if (on[j]) { full[j] |= 1 << k; n++ }
       sizes[k] = n }
-    const ok = hit(); drawn = []
-    for (let e = 0; e < E; e++) if (side[e] && ok(e)) { drawn.push(e); has[from[e]] |= side[e]; has[into[e]] |= side[e] }
-    const by = new Float32Array(E)
-    for (const e of drawn) by[e] = strength(e)
+    side = full
+    if (lay.D < T) { side = new Uint8Array(E); for (let j = 0; j < all; j++) if (full[j]) side[j / T | 0] |= full[j] }
+    const ok = hit(), by = new Float32Array(side.length); drawn = []; has = new Uint8Array(units.length * lay.D)
+    for (let j = 0; j < side.length; j++) if (side[j] && ok(j)) { drawn.push(j); by[j] = strength(j); has[tail(j)] |= side[j]; has[head(j)] |= side[j] }
     drawn.sort((a, b) => by[a] - by[b] || b - a)
-    for (const u of st.pinned) has[u.k] |= 4
+    for (const u of st.pinned) if (!has.subarray(u.k * lay.D, (u.k + 1) * lay.D).some(x => x)) has[(u.k + 1) * lay.D - 1] |= 4
+    own = held()
   }
-  const strength = e => st.which < 2 ? size(st.which, e) / top[st.which] : Math.max(size(0, e) / top[0], size(1, e) / top[1])
-  const valueOf = e => st.which < 2 ? score[st.which][e] : side[e] == 2 ? score[1][e] : score[0][e]
+  const strength = j => st.which < 2 ? size(st.which, j) / lay.top[st.which] : Math.max(size(0, j) / lay.top[0], size(1, j) / lay.top[1])
+  const valueOf = j => st.which < 2 ? lay.score[st.which][j] : side[j] == 2 ? lay.score[1][j] : lay.score[0][j]
 
   // -- where: rows from the embedding up, heads of a block beside each other, free lanes between them
-  let W = 0, H = 0, rows = [], labels = []
-  const column = u => u.kind == 'head' || u.kind == 'whole'
-  const shown = u => !st.hidden.has(u) && (!st.only || has[u.k])
+  let W = 0, H = 0, rows = [], labels = [], placed = [], cols = [], gaps = [], rails = []
+  const column = u => inside(u.unit.k) && u.kind != 'pill'
+  const shown = u => !st.hidden.has(u.unit) && (st.spread || !st.only || has[u.k])
   function layout() {
-    W = Math.max(300, scene.clientWidth)
+    W = Math.max(300, scene.clientWidth); placed = units; cols = [[0, W]]; rails = []; gaps = []
     const slim = W < 620, gutter = slim ? 22 : 62, at = new Map()
     for (const u of units) if (column(u) && (!st.only || has[u.k])) { if (!at.has(u.stage)) at.set(u.stage, []); at.get(u.stage).push(u) }
     const stages = [...at.keys()].sort((a, b) => b - a), breaks = us => us.filter((u, i) => i && us[i - 1].branch != u.branch).length * .4
     const most = Math.max(1, ...[...at.values()].map(us => us.length + breaks(us))), pitch = Math.min(132, (W - gutter - 12) / most)
     const w = Math.max(4, Math.min(88, pitch * .68)), tall = w >= 44 ? 36 : 24, gap = Math.max(40, Math.min(78, 640 / (stages.length + 1) - 56))
     let y = 4
-    const bar = kind => { for (const u of units) if (u.kind == kind) Object.assign(u, {x: gutter + (W - gutter) / 2, w: W - gutter - 2, y, h: 24, foot: y + 24}) }
+    const bar = kind => { for (const u of units) if (u.kind == kind) Object.assign(u, {x: gutter + (W - gutter) / 2, w: W - gutter - 2, y, h: 24, foot: y + 24, bar: true}) }
     rows = []; labels = []
-    bar('logits'); rows.push({top: y, bottom: y + 24, gaps: []}); y += 24 + gap
+    bar('logits'); rows.push({top: y, bottom: y + 24, free: []}); y += 24 + gap
     for (const s of stages) {
       const us = at.get(s), pills = units.filter(u => u.kind == 'pill' && u.stage == s && u.over.some(h => at.get(s).includes(h)) && (!st.only || has[u.k]))
-      const strip = us.some(u => u.marks.length) ? 20 : 0, row = {top: y, bottom: y + tall + strip, gaps: []}, wide = us.length + breaks(us)
+      const strip = us.some(u => u.marks.length) ? 20 : 0, row = {top: y, bottom: y + tall + strip}, wide = us.length + breaks(us)
       let x = gutter + (W - gutter - 12 - wide * pitch) / 2 + pitch / 2
       us.forEach((u, i) => { if (i && us[i - 1].branch != u.branch) x += .4 * pitch
         Object.assign(u, {x, w: u.kind == 'whole' ? Math.max(w, Math.min(64, pitch * .9)) : w, y, h: tall, r: rows.length, foot: y + tall + (u.marks.length ? strip : 0)}); place(u); x += pitch })
@@ -189,52 +214,136 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
           Object.assign(u, {x: px, w: pw, y: py, h: 16, r: rows.length, foot: py + 16 + (u.members.length > 1 ? 6 : 0)}); place(u)
           taken.push([px - pw / 2 - 2, px + pw / 2 + 2]) })
         row.bottom = py + 22 }
-      taken.sort((p, q) => p[0] - q[0])
-      let l = gutter
-      for (const [a, b] of [...taken, [W, W]]) { if (a - l > 1) row.gaps.push([l, a]); l = Math.max(l, b) }
-      if (!row.gaps.length) row.gaps.push([gutter, W])
-      const blocks = [...new Set(us.map(u => u.block))].join(), kinds = [...new Set(us.map(u => u.branch))].join('\n')
-      labels.push({y: y + tall / 2, text: slim ? blocks : `block ${blocks}`, more: slim ? '' : kinds}); rows.push(row); y = row.bottom + gap }
-    bar('embed'); rows.push({top: y, bottom: y + 24, gaps: []}); H = y + 28
+      row.free = [between(taken, gutter, W)]
+      labels.push(labelled(us, y + tall / 2, slim)); rows.push(row); y = row.bottom + gap }
+    bar('embed'); rows.push({top: y, bottom: y + 24, free: []}); H = y + 28
     for (const u of units) if (u.kind == 'embed') u.r = rows.length - 1; else if (u.kind == 'logits') u.r = 0
     lines.clear()
   }
-  function place(u) {                                          // marks below a node, a group for each port
-    const ports = [...new Set(u.marks.map(m => m.port))], one = u.w / Math.max(1, ports.length)
-    ports.forEach((p, j) => { const ms = u.marks.filter(m => m.port == p), each = (one - 2) / ms.length
-      ms.forEach((m, q) => { m.x = u.x - u.w / 2 + j * one + 1 + (q + .5) * each; m.w = Math.max(1, each - (ms.length > 1 ? .6 : 0)); m.mid = u.x - u.w / 2 + (j + .5) * one; m.room = one; m.first = !q }) })
+  function between(taken, l, r) {                              // what is free from l to r
+    const out = [], start = l
+    for (const [a, b] of [...taken.sort((p, q) => p[0] - q[0]), [r, r]]) { if (a - l > 1) out.push([l, a]); l = Math.max(l, b) }
+    return out.length ? out : [[start, r]]
   }
-  const lane = (row, x, t) => { let best = null, far = 1e9
-    for (const g of row.gaps) { const d = x < g[0] ? g[0] - x : x > g[1] ? x - g[1] : 0; if (d < far) { far = d; best = g } }
+  function labelled(us, y, slim) {                             // the block of a row and its branches
+    const blocks = [...new Set(us.map(u => u.branch == 'stream' ? u.name.split('.')[0] : u.block))].join(), kinds = [...new Set(us.map(u => u.branch))].join('\n')
+    const stream = us[0].branch == 'stream'
+    return {y, text: slim ? blocks : stream ? 'stream' : `block ${blocks}`, more: slim ? '' : stream ? us[0].name.split('.').slice(0, 2).join(' ').replace('resid_', '') : kinds}
+  }
+
+  // by position: a column for each token, and in each cell of a row the parts that take part at it; columns without any are gaps
+  const textWidth = text => 7.3 * text.length, mid = t => (cols[t][0] + cols[t][1]) / 2
+  const widthOf = u => u.kind == 'pill' ? 20 : Math.max(26, textWidth(label(u)) + 10, 10.5 * new Set(u.marks.map(m => m.port)).size)
+  const firstOf = kind => units.find(u => u.kind == kind).k * T
+  function spread() {
+    const slim = scene.clientWidth < 620, gutter = slim ? 22 : 62, cells = new Map(), live = new Set([T - 1])    // cells: stage -> position -> chips
+    placed = []; rails = []; rows = []; labels = []; gaps = []
+    for (let k = 0; k < has.length; k++) { if (!has[k] || st.hidden.has(units[k / T | 0])) continue
+      const u = chip(k), at = k % T; live.add(at); if (!inside(k / T | 0)) continue
+      u.x = undefined; u.marks = u.unit.marks.filter(m => own.has(key(u, m))).map(m => ({...m})); placed.push(u)
+      if (!cells.has(u.stage)) cells.set(u.stage, new Map())
+      const row = cells.get(u.stage); row.set(at, [...row.get(at) || [], u]) }
+    const [gap, stretch] = columns(live, [...cells.values()], gutter, slim), stages = [...cells.keys()].sort((a, b) => b - a)
+    const apart = Math.max(40, Math.min(66, 640 / (stages.length + 1) - 56)), open = () => cols.map(([l, r]) => [[l, r]])
+    const put = (u, props) => { Object.assign(u, {r: rows.length, foot: props.y + props.h}, props); place(u) }
+    const alone = (k, w, y) => { const u = chip(k); u.marks = []; placed.push(u); put(u, {x: mid(k % T), w: Math.min(w, cols[k % T][1] - cols[k % T][0] - 4), y, h: 24}) }
+    alone(firstOf('logits') + T - 1, 80, 4); rows.push({top: 4, bottom: 28, free: open()})
+    let y = 28 + apart
+    for (const s of stages) { const us = [...cells.get(s).values()].flat(), along = carriers(us), step = Math.min(4, 36 / Math.max(1, along.length)), top = y
+      if (along.length) y += along.length * step + 5
+      const strip = us.some(u => u.marks.length) ? 20 : 0, low = us.some(u => u.kind == 'pill') ? 32 : 0, row = {top, bottom: y + 24 + strip + low, free: open()}
+      for (const [t, line] of cells.get(s)) {                  // ports that heads share stand lower and to the left
+        line.sort((a, b) => (b.kind == 'pill') - (a.kind == 'pill'))
+        const each = line.map(u => widthOf(u) * (u.kind == 'pill' ? 1 : Math.min(stretch, 1.4))), sum = each.reduce((a, b) => a + b, 0)
+        const air = Math.min(16, (cols[t][1] - cols[t][0] - 6 - sum) / (line.length + 1))
+        let x = mid(t) - (sum + air * (line.length - 1)) / 2
+        line.forEach((u, i) => {
+          if (u.kind == 'pill') put(u, {x: x + each[i] / 2, w: each[i], y: y + 34 + strip, h: 16, foot: y + 50 + strip + (u.members.length > 1 ? 6 : 0)})
+          else put(u, {x: x + each[i] / 2, w: each[i], y, h: 24, foot: y + 24 + (u.marks.length ? strip : 0)})
+          x += each[i] + air })
+        row.free[t] = between(line.map(u => [u.x - u.w / 2 - 2, u.x + u.w / 2 + 2]), ...cols[t]) }
+      along.forEach(([unit, first, to], i) => rails.push({unit, path: rail(first, to, top + 3 + i * step)}))
+      labels.push(labelled(us, y + 12, slim)); rows.push(row); y = row.bottom + apart }
+    for (const t of live) alone(firstOf('embed') + t, Math.max(34, textWidth(word(t)) + 14), y)
+    rows.push({top: y, bottom: y + 24, free: open()}); foot(live, gap, y + 24); lines.clear()
+  }
+  function columns(live, rows, gutter, slim) {                 // each as wide as its fullest cell, stretched to the room there is, and narrow gaps between
+    const room = scene.clientWidth, need = new Float64Array(T), dead = T - live.size
+    for (const t of live) need[t] = Math.max(t == T - 1 ? 60 : 34, Math.min(92, textWidth(word(t)) + 12))
+    for (const row of rows) for (const [t, line] of row) need[t] = Math.max(need[t], line.reduce((s, u) => s + widthOf(u) + 6, 2))
+    let run = 1, x = gutter
+    for (let t = 0, n = 0; t < T; t++) run = Math.max(run, n = live.has(t) ? 0 : n + 1)
+    const natural = need.reduce((s, w) => s + (w && w + 8), 0), left = (room - gutter - 10 - natural) / (dead || 1)
+    const gap = left > 12 ? Math.min(24, left) : dead <= 12 && !slim ? 13 : Math.min(8, Math.max(3, left), 44 / run)
+    const stretch = Math.max(1, Math.min(2.4, (room - gutter - 10 - gap * dead) / natural))
+    cols = Array.from(need, w => { const l = x; x += w ? (w + 8) * stretch : gap; return [l, x] })
+    W = Math.max(300, room, Math.ceil(x) + 8)
+    return [gap, stretch]
+  }
+  // what a part carries along a row: from the chip where something first comes in to those up to the last where it is used
+  function carriers(us) {
+    const of = new Map(), out = [], some = (lists, u, fits = () => true) => touching(lists, u).some(j => side[j] && fits(j))
+    const used = u => some(outputs, u) || some(inputs, u, j => c.nodes[source(j)].kind == 'port')
+    for (const u of us) of.set(u.unit, [...of.get(u.unit) || [], u])
+    for (const [unit, at] of of) { if (at.length < 2 || unit.kind == 'latent' || unit.kind == 'expert' || unit.branch == 'mlp') continue
+      at.sort((a, b) => a.at - b.at)
+      const first = at.find(u => some(inputs, u)), last = at.filter(used).pop()
+      if (first && last && first.at < last.at) out.push([unit, first, at.filter(u => u.at > first.at && u.at <= last.at)]) }
+    return out
+  }
+  function rail(first, to, y) {                                // above the chips, in the form of `line`
+    return to.map((b, i) => { const a = i ? to[i - 1] : first, turn = Math.min(9, (b.x - a.x) / 2)
+      return [a.x, a.y, a.x, y, a.x, y, a.x + turn, y, a.x + turn, y, b.x - turn, y, b.x - turn, y, b.x, y, b.x, y, b.x, b.y] })
+  }
+  function foot(live, gap, y) {                                // the words of columns without chips: slanted, or on pointing at the gap
+    let low = 0
+    for (let t = 0; t < T; t++) { if (live.has(t)) continue
+      let r = t; while (gap < 11 && r + 1 < T && !live.has(r + 1)) r++
+      const slant = gap >= 11, wide = cols[r][1] - cols[t][0], span = r > t ? `${t}–${r}` : `${t}`
+      const said = slant ? word(t).slice(0, 14) : wide > 32 ? span : wide > 9 ? '⋯' : ''
+      gaps.push({x: cols[t][0] + wide / 2 - (slant ? 3 : 3.2 * said.length), y: y + (slant ? 3 : -17), text: said, title: `${span} ${JSON.stringify(words.slice(t, r + 1).join(''))}`, slant})
+      if (slant) low = Math.max(low, said.length * 5 + 12)
+      t = r }
+    H = y + 6 + low
+  }
+  const word = t => words[t] === undefined ? String(t) : words[t].trim() || JSON.stringify(words[t]).slice(1, -1)
+  function place(u) {                                          // marks below a node, a group for each port
+    const groups = [...new Set(u.marks.map(m => m.port))].map(p => u.marks.filter(m => m.port == p)), share = ms => ms[0].port == 'state' ? Math.max(1, .7 * ms.length) : 1
+    const unit = u.w / groups.reduce((s, ms) => s + share(ms), 0); let l = u.x - u.w / 2
+    for (const ms of groups) { const room = unit * share(ms), each = (room - 2) / ms.length
+      ms.forEach((m, q) => Object.assign(m, {x: l + 1 + (q + .5) * each, w: Math.max(1, each - (ms.length > 1 ? .6 : 0)), mid: l + room / 2, room, first: !q})); l += room }
+  }
+  const lane = (row, at, x, t) => { let best = null, far = 1e9
+    for (const g of row.free[at]) { const d = x < g[0] ? g[0] - x : x > g[1] ? x - g[1] : 0; if (d < far) { far = d; best = g } }
     let [l, r] = best
     if (x >= l + 2 && x <= r - 2) return x
     if (x < l + 2) r = Math.min(r, l + 46); else l = Math.max(l, r - 46)
     const pad = Math.min(5, (r - l) / 4)
     return l + pad + (r - l - 2 * pad) * t }
   const lines = new Map()
-  function line(e) {                                           // [x, y, then three points for each cubic]; null: inside a head
-    if (lines.has(e)) return lines.get(e)
-    const s = units[from[e]], t = units[into[e]]
+  function line(j) {                                           // [x, y, then three points for each cubic]; null: inside a head
+    if (lines.has(j)) return lines.get(j)
+    const s = lay.spots[tail(j)], t = lay.spots[head(j)], at = where(j) ?? 0, [l, r] = cols[at], share = x => (x - l) / (r - l)
     let out = null
-    if (s != t && s.x !== undefined && t.x !== undefined) {
-      const inner = c.nodes[c.source[e]].kind == 'port', mark = t.marks.find(m => m.i == (inner ? c.source[e] : c.target[e]))
-      const bar = s.kind == 'embed', end = t.kind == 'logits', between = rows.slice(t.r + 1, s.r).reverse()
-      let X = mark ? mark.x : t.x + (s.x / W - .5) * t.w * .6, Y = t.kind == 'pill' || !mark ? t.foot : t.foot, x = s.x
+    if (s != t && s?.x !== undefined && t?.x !== undefined) {
+      const inner = c.nodes[source(j)].kind == 'port', mark = t.marks.find(m => m.i == (inner ? source(j) : target(j)))
+      const bar = s.bar, end = t.bar, between = rows.slice(t.r + 1, s.r).reverse()
+      let X = mark ? mark.x : t.x + (share(s.x) - .5) * t.w * .6, x = s.x
       if (end) X = bar ? W - 14 : s.x
-      const want = X, q = Math.min(1, Math.max(0, .85 * want / W + .15 * s.x / W))
-      if (inner) x = s.marks.find(m => m.i == c.source[e]).x
+      const want = X, q = Math.min(1, Math.max(0, .85 * share(want) + .15 * share(s.x)))
+      if (inner) x = s.marks.find(m => m.i == source(j))?.x ?? s.x
       else if (bar) x = X
-      else if (!end) x = s.x + (X / W - .5) * s.w * .6
+      else if (!end) x = s.x + (share(X) - .5) * s.w * .6
       let y = s.y
       out = []
       const go = (a, b) => { const m = (y - b) / 2; out.push(x, y - m, a, b + m, a, b); x = a; y = b }
       let way = want                                           // one lane for all rows that it passes, where there is one
-      for (const row of between) { const a = lane(row, want, q); if (a != want) way = a }
-      if (bar && between.length) x = lane(between[0], way, q)
+      for (const row of between) { const a = lane(row, at, want, q); if (a != want) way = a }
+      if (bar && between.length) x = lane(between[0], at, way, q)
       out.push(x, y)
-      for (const row of between) { const a = lane(row, way, q); go(a, row.bottom + 2); go(a, row.top - 2) }
-      go(X, Y + 1) }
-    lines.set(e, out); return out
+      for (const row of between) { const a = lane(row, at, way, q); go(a, row.bottom + 2); go(a, row.top - 2) }
+      go(X, t.foot + 1) }
+    lines.set(j, out); return out
   }
 
   // -- drawing
@@ -250,12 +359,12 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     return .2126 * r + .7152 * g + .0722 * b < .179 ? '#fff' : '#000' }
   const SIDES = ['', 's0', 's1', 's5']
   function look(e) {
-    const t = Math.sqrt(strength(e)), tint = st.which == 2 ? colours[SIDES[side[e]]] : ramp(shade(valueOf(e) / top[st.which] || 0))
+    const t = Math.sqrt(strength(e)), tint = st.which == 2 ? colours[SIDES[side[e]]] : ramp(shade(valueOf(e) / lay.top[st.which] || 0))
     return {tint, width: .8 + 5 * Math.max(0, t - .14),                            // up to 1 pixel a line is painted much faster
        alpha: Math.round(20 * (.55 + .45 * t)) / 20}
   }
   function canvas(s) {
-    const e = $(s), d = devicePixelRatio || 1
+    const e = $(s), d = Math.min(devicePixelRatio || 1, 16000 / W, 16000 / H)   // larger ones cannot be painted
     if (e.width != Math.round(W * d) || e.height != Math.round(H * d)) { e.width = Math.round(W * d); e.height = Math.round(H * d); e.style.width = W + 'px'; e.style.height = H + 'px' }
     const g = e.getContext('2d'); g.setTransform(d, 0, 0, d, 0, 0); g.clearRect(0, 0, W, H)
     return g
@@ -268,16 +377,16 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
       const {tint, width, alpha} = look(e)
       g.beginPath(); trace(g, p); g.strokeStyle = tint; g.lineWidth = width; g.globalAlpha = alpha; g.stroke() }
     g.restore() }
+  const key = (u, m) => `${m.i} ${m.own ? '' : u.node} ${u.at ?? ''}`
   const held = () => { const own = new Map()                   // port -> what its edges are worth in the picture
-    for (const e of drawn) { const a = c.source[e], b = c.target[e]
-      if (c.nodes[b].kind == 'port' && !own.has(b)) own.set(b, null)
-      if (c.nodes[a].kind == 'port') own.set(units[from[e]] == units[into[e]] ? a : `${a} ${b}`, e) }
+    for (const j of drawn) { const a = source(j), b = target(j), t = where(j) ?? '', into = `${b}  ${t}`
+      if (c.nodes[b].kind == 'port' && !own.has(into)) own.set(into, null)
+      if (c.nodes[a].kind == 'port') { own.set(`${a} ${tail(j) == head(j) ? '' : b} ${t}`, j); if (tail(j) != head(j) && !own.has(`${a}  ${t}`)) own.set(`${a}  ${t}`, null) } }
     return own }
   function* marks() {                                          // squares under heads and pills, filled where they are in the circuit
-    const own = held()
-    for (const u of units) if (u.x !== undefined && shown(u)) for (const m of u.marks) {
+    for (const u of placed) if (u.x !== undefined && shown(u)) for (const m of u.marks) {
       if (u.kind == 'pill' && u.members.length < 2) continue
-      const key = m.own ? m.i : `${m.i} ${u.node}`, on = own.has(key), e = own.get(key)
+      const on = own.has(key(u, m)), e = own.get(key(u, m))
       const y = u.kind == 'pill' ? u.y + u.h + 1 : u.y + u.h + 14
       yield {u, m, y, h: 5, on, fill: on ? e === null || e === undefined || st.which == 2 ? colours.soft : look(e).tint : null,
              text: u.kind != 'pill' && m.first && m.room >= 8.5 ? SHORT[m.port] || m.port : '', ty: u.y + u.h + 8} } }
@@ -286,47 +395,62 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     for (const k of marks()) { g.fillStyle = k.on ? k.fill : colours.back; g.strokeStyle = k.on ? k.fill : colours.line; g.lineWidth = 1
       g.fillRect(k.m.x - k.m.w / 2, k.y, k.m.w, k.h); if (k.m.w > 3) g.strokeRect(k.m.x - k.m.w / 2 + .5, k.y + .5, k.m.w - 1, k.h - 1)
       if (k.text) { g.fillStyle = has[k.u.k] ? colours.ink : colours.soft; g.fillText(k.text, k.m.mid, k.ty) } } }
+  function paintRails(g, fits, width, alpha) { g.save(); g.lineWidth = width; g.globalAlpha = alpha
+    for (const r of rails) if (fits(r)) { g.strokeStyle = colours[r.unit.branch]; g.beginPath(); for (const p of r.path) trace(g, p); g.stroke() }
+    g.restore() }
+  function paintUnder(g) {                                     // what is under the edges: columns of tokens, and what heads carry along a row
+    g.globalAlpha = .05; g.fillStyle = colours.ink; for (const [l, r, h] of bands()) g.fillRect(l, 0, r - l, h); g.globalAlpha = 1
+    paintRails(g, () => true, 1.3, .5) }
+  const bands = () => st.spread ? placed.filter(u => u.kind == 'embed').map(u => [cols[u.at][0] + 2, cols[u.at][1] - 2, u.foot]) : []
   function paintOver() {
     const g = canvas('.over'), mine = picked()
     $('.edges').style.opacity = mine ? .13 : 1
+    if (mine) paintRails(g, r => r.unit == st.unit, 2.5, .9)
     if (mine) strokes(g, drawn.filter(e => mine.has(e)))
     if (hover >= 0 && line(hover)) { g.beginPath(); trace(g, line(hover)); g.strokeStyle = colours.ink; g.lineWidth = look(hover).width + 1.5; g.stroke() } }
-  const picked = () => st.unit && new Set([...inputs[st.unit.k], ...outputs[st.unit.k]].filter(e => side[e]))
+  const sel = () => st.unit && {...st.unit, at: st.at}           // the chosen unit, at a position
+  const picked = () => st.unit && new Set([...touching(inputs, sel()), ...touching(outputs, sel())].filter(j => side[j]))
+  const isPicked = u => u.unit == st.unit && (st.at === null || u.at == st.at)
 
   // -- nodes are buttons, in order of their score
   const buttons = new Map()
-  const label = u => u.kind == 'embed' ? 'embedding' : u.kind == 'logits' ? 'logits' : u.kind == 'pill' ? (u.w >= 10 ? SHORT[u.port] || u.port : '')
-    : u.kind == 'whole' ? (u.w >= 30 ? u.branch : u.branch[0]) : ((u.w >= 56 && heads.size > 1 ? u.branch + ' ' : '') + (u.name.match(/\[(\d+)\]$/)?.[1] ?? u.branch))
-  const about = u => `${u.name}${u.kind == 'pill' ? ', shared by ' + u.over.length + ' heads' : ''}`
-    + (u.kind == 'embed' || u.kind == 'logits' ? '' : ', score ' + c.graphs.map((_, k) => signed(unitScore(u, k))).join(' and '))
+  const called = u => u.kind == 'embed' ? (st.spread ? word(u.at) : 'embedding') : u.kind == 'logits' ? 'logits' : u.kind == 'pill' ? (u.w >= 10 ? SHORT[u.port] || u.port : '')
+    : u.kind == 'whole' ? (u.w >= 30 ? u.branch : u.branch[0]) : ((u.w >= 56 && heads.size > 1 && u.kind == 'head' ? u.branch + ' ' : '') + (u.name.match(/\[(\w+)\]$/)?.[1] ?? u.branch))
+  const label = u => !st.spread && u.kind == 'latent' && textWidth(called(u)) > u.w - 4 ? '' : called(u)
+  const about = u => `${title(u)}${u.kind == 'pill' ? ', shared by ' + u.over.length + ' heads' : u.kind == 'latent' && c.nodes[u.node].latent == null ? ', what its latents leave' : ''}`
+    + (u.kind == 'embed' || u.kind == 'logits' ? '' : `, score ${u.at === null ? '' : 'of what it writes here '}` + c.graphs.map((_, k) => signed(unitScore(u, k))).join(' and '))
+  const tone = u => { const x = unitScore(u, st.which % 2) / lay.topNode[st.which % 2] || 0; return shade(st.spread && Math.abs(x) < .005 ? 0 : x) }
   const tintOf = u => { if (st.which == 2) return has[u.k] & 3 ? `color-mix(in srgb,${`var(--${SIDES[has[u.k] & 3]})`} 24%,var(--back))` : 'var(--back)'
-    const i = shade(unitScore(u, st.which) / topNode[st.which] || 0); return u.kind == 'pill' || column(u) ? `light-dark(${ramp(i, 0)},${ramp(i, 1)})` : 'var(--back)' }
+    const i = tone(u); return u.kind == 'pill' || column(u) ? `light-dark(${ramp(i, 0)},${ramp(i, 1)})` : 'var(--back)' }
   function arrange() {
-    const most = u => Math.max(...c.graphs.map((_, k) => Math.abs(unitScore(u, k)) || 0)), list = units.filter(u => u.x !== undefined && shown(u) && (column(u) || u.kind != 'pill' || has[u.k] || !st.only))
+    const most = u => Math.max(...c.graphs.map((_, k) => Math.abs(unitScore(u, k)) || 0)), list = placed.filter(u => u.x !== undefined && shown(u) && (column(u) || u.kind != 'pill' || has[u.k] || !st.only))
       .sort((a, b) => most(b) - most(a)), now = list.map(u => u.k).join()
-    for (const u of list) if (!buttons.has(u)) buttons.set(u, make('button', {type: 'button', onclick: () => select(st.unit == u ? null : u),
+    for (const u of list) if (!buttons.has(u)) buttons.set(u, make('button', {type: 'button', onclick: () => select(st.unit == u.unit && st.at === u.at ? null : u),
       onpointerenter: e => say(about(u), e), onfocus: () => say(about(u), null, u), onblur: () => say('')}))
     if (now != order) { order = now; $('.nodes').replaceChildren(...list.map(u => buttons.get(u))) }
-    for (const u of list) { const b = buttons.get(u), on = has[u.k], text = label(u), i = shade(unitScore(u, st.which % 2) / topNode[st.which % 2] || 0)
-      b.className = `node${on ? '' : ' off'}${u.kind == 'pill' ? ' pill' : ''}${st.pinned.has(u) ? ' held' : ''}`
-      b.style.cssText = `--c:${colour(u.branch)};left:${u.x - u.w / 2}px;top:${u.y}px;width:${u.w}px;height:${u.h}px;` + (on ? `background:${tintOf(u)};`
+    for (const u of list) { const b = buttons.get(u), on = has[u.k], text = label(u), i = tone(u)
+      b.className = `node${on ? '' : ' off'}${u.kind == 'pill' ? ' pill' : ''}${st.pinned.has(u.unit) ? ' held' : ''}`
+      const css = `--c:${colour(u.branch)};left:${u.x - u.w / 2}px;top:${u.y}px;width:${u.w}px;height:${u.h}px;` + (on ? `background:${tintOf(u)};`
         + (st.which == 2 || u.kind == 'embed' || u.kind == 'logits' ? '' : `color:light-dark(${ink(ramp(i, 0))},${ink(ramp(i, 1))})`) : '')
-      const more = on && u.w >= 44 && u.h > 26 && st.which < 2 ? signed(+unitScore(u, st.which).toPrecision(2)) : ''
+      if (b.dataset.css != css) b.style.cssText = b.dataset.css = css
+      const more = !st.spread && on && u.w >= 44 && u.h > 26 && st.which < 2 ? signed(+unitScore(u, st.which).toPrecision(2)) : ''
       if (b.dataset.t != text + more) { b.dataset.t = text + more; b.replaceChildren(...(more ? [text, make('small', null, more)] : [text])) }
-      b.tabIndex = on ? 0 : -1; b.setAttribute('aria-pressed', st.unit == u); b.setAttribute('aria-label', about(u)) }
-    for (const old of scene.querySelectorAll('.label')) old.remove()
-    for (const l of labels) scene.append(make('div', {className: 'label', style: `top:${l.y - (l.more ? 14 : 7)}px`}, l.text + (l.more ? '\n' + l.more : '')))
-    scene.style.height = H + 'px'
+      b.tabIndex = on ? 0 : -1; b.setAttribute('aria-pressed', isPicked(u)); b.setAttribute('aria-label', about(u)) }
+    for (const old of scene.querySelectorAll('.label,.word')) old.remove()
+    for (const l of labels) scene.append(make('div', {className: 'label', style: `left:${scene.scrollLeft}px;top:${l.y - (l.more ? 14 : 7)}px`}, l.text + (l.more ? '\n' + l.more : '')))
+    for (const w of gaps) scene.append(make('div', {className: `word${w.slant ? ' slant' : ''}`, title: w.title, style: `left:${w.x + (w.slant ? 5 : 0)}px;top:${w.y}px`}, w.text))
+    scene.style.height = H + (W > scene.clientWidth ? 16 : 0) + 'px'
     $('.nodes').setAttribute('aria-label', `${drawn.length} edges between ${list.filter(u => has[u.k]).length} nodes, strongest first; the table below lists them`)
   }
   function update() {
-    const t0 = performance.now(), only = st.only
-    choose(); const wide = order + W
-    if (only || !rows.length) { for (const u of units) u.x = undefined; layout() }
+    const t0 = performance.now()
+    choose()
+    if (st.spread) spread(); else if (st.only || !rows.length) { for (const u of units) u.x = undefined; layout() }
     dark = getComputedStyle(probe).color.startsWith('rgb(255')
     for (const k of ['ink', 'soft', 'line', 'back', 's0', 's1', 's5']) { probe.style.setProperty('background-color', `var(--${k})`); colours[k] = hex(getComputedStyle(probe).backgroundColor) }
+    for (const b of branches) { probe.style.setProperty('background-color', colour(b)); colours[b] = hex(getComputedStyle(probe).backgroundColor) }
     poly = null; hover = -1
-    strokes(canvas('.edges'), drawn, moving ? sight() : undefined); paintMarks(); paintOver(); arrange(); numbers(); panel()
+    const g = canvas('.edges'); paintUnder(g); strokes(g, drawn, moving ? sight() : undefined); paintMarks(); paintOver(); arrange(); numbers(); panel()
     if ($('.rows').open) table()
     Object.assign(box.dataset, {edges: drawn.length, n: st.given ? 'given' : st.n, frames: ++frames, ms: (performance.now() - t0).toFixed(1)})
   }
@@ -334,7 +458,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
   const later = () => { due ||= requestAnimationFrame(draw) }
 
   // -- how many, and what they carry
-  const log = n => Math.log(Math.max(1, n)) / Math.log(E || 2), curves = c.graphs.map(g => (g.curve || []).map(([s, f]) => [Math.max(1, Math.round(s * E)), f]))
+  const log = n => Math.log(Math.max(1, n)) / Math.log(all || 2), curves = c.graphs.map(g => (g.curve || []).map(([s, f]) => [Math.max(1, Math.round(s * all)), f]))
   function carried(k, n) {                                     // [faithfulness, was it measured]; between two budgets: along the line of the picture
     const v = curves[k]
     for (let i = 0; i < v.length; i++) { if (v[i][0] == n) return [v[i][1], true]
@@ -343,26 +467,27 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
   }
   const present = k => st.given ? began[k] : st.n
   function begin(k) {                                          // the number of largest edges that gives the circuit as it came
-    const n = kept[k].reduce((a, b) => a + b, 0), same = m => { const on = new Uint8Array(E); for (let j = 0; j < m; j++) on[rank[k][j]] = 1
+    const n = kept[k].reduce((a, b) => a + b, 0), same = m => { const on = new Uint8Array(all); for (let j = 0; j < m; j++) on[rank[k][j]] = 1
       const cut = (c.graphs[k].ablation || 'patch') == 'patch' ? through(on) : on; return cut.every((x, e) => x == kept[k][e]) }
     let last = 0; rank[k].forEach((e, j) => { if (kept[k][e]) last = j + 1 })
     return [...curves[k].map(v => v[0]).filter(m => m >= n), last].find(same) ?? n
   }
+  const EDGES = T > 1 ? 'edges at positions' : 'edges'
   const began = c.graphs.map((_, k) => begin(k)), names = c.names
   const which = () => st.which == 2 ? [0, 1] : [st.which]
   function numbers() {
     const k0 = which()[0], n = present(k0)
-    $('.n').value = Math.round(1000 * log(n)); $('.n').setAttribute('aria-valuetext', `${n} edges`)
+    $('.n').value = Math.round(1000 * log(n)); $('.n').setAttribute('aria-valuetext', `${n} ${EDGES}`)
     if (document.activeElement != $('.count')) $('.count').value = n
     $('.kept').replaceChildren(...which().map(k => { const [f, real] = carried(k, present(k))
-      return make('div', {title: real ? 'measured' : 'between two measured sizes'}, two ? names[k] + ': ' : '', make('b', null, num(sizes[k])), two ? ' edges' : cut[k] ? ' of them on a way through' : ' edges, none on a way through',
+      return make('div', {title: real ? 'measured' : 'between two measured sizes'}, two ? names[k] + ': ' : '', make('b', null, num(sizes[k])), two ? ` ${EDGES}` : cut[k] ? ' of them on a way through' : ' edges, none on a way through',
         two ? ', ' : make('br'), ...(f === f ? [`faithfulness ${real ? '' : '≈ '}`, make('b', {className: 'faith'}, f.toFixed(2))] : [curves[k].length ? 'faithfulness not measured' : ''])) }))
     $('.given').disabled = st.given
     const svg = $('.curve'), w = svg.clientWidth || 300, h = 84, flat = curves.flat().map(v => v[1]), lo = Math.min(0, ...flat), hi = Math.max(1, ...flat)
     const X = m => 8 + (w - 16) * log(m), Y = f => 8 + (h - 26) * (hi - f) / (hi - lo), parts = []
     for (const f of [0, 1]) parts.push(`<path d="M8 ${Y(f)}H${w - 8}" stroke="var(--line)"/><text x="${w - 8}" y="${Y(f) - 3}" text-anchor="end">${flat.length ? f : ''}</text>`)
-    for (let m = 1; m <= E; m *= 10) parts.push(`<path d="M${X(m)} ${h - 16}v4" stroke="var(--soft)"/><text x="${X(m)}" y="${h - 2}" text-anchor="${m > 1 ? 'middle' : 'start'}">${num(m)}</text>`)
-    if (E > 30) parts.push(`<text x="${w - 8}" y="${h - 2}" text-anchor="end">${X(10 ** Math.floor(Math.log10(E))) > w - 90 ? '' : num(E) + ' edges'}</text>`)
+    for (let m = 1; m <= all; m *= 10) parts.push(`<path d="M${X(m)} ${h - 16}v4" stroke="var(--soft)"/><text x="${X(m)}" y="${h - 2}" text-anchor="${m > 1 ? 'middle' : 'start'}">${num(m)}</text>`)
+    if (all > 30) parts.push(`<text x="${w - 8}" y="${h - 2}" text-anchor="end">${X(10 ** Math.floor(Math.log10(all))) > w - (T > 1 ? 150 : 90) ? '' : num(all) + ' ' + EDGES}</text>`)
     for (const k of which()) { const v = curves[k], tint = `var(--s${two ? k : 0})`
       parts.push(`<path d="M${v.map(([m, f]) => `${X(m)} ${Y(f)}`).join('L')}" stroke="${tint}" stroke-width="2"/>`, ...v.map(([m, f]) => `<circle cx="${X(m)}" cy="${Y(f)}" r="3" fill="${tint}"><title>${m} edges: ${f.toFixed(3)}</title></circle>`))
       const m = present(k), [f] = carried(k, m)
@@ -374,30 +499,37 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
 
   // -- the chosen node, and lists
   const answers = new Map(Object.entries(c.details))
-  const rowOf = (e, u) => { const other = units[from[e]] == u ? into[e] : from[e], via = c.nodes[c.target[e]], near = units[into[e]] == u
-    const text = !near ? via.id : from[e] == into[e] ? `its ${via.kind == 'port' ? via.id : c.nodes[c.source[e]].id}` : c.nodes[c.source[e]].id + (via.kind == 'port' && u.kind != 'pill' ? `  → ${via.port}${via.lag != null ? '@' + via.lag : ''}` : '')
-    return make('button', {type: 'button', title: name(e), onclick: () => select(units[other]), onpointerenter: () => { hover = e; paintOver() }, onpointerleave: () => { hover = -1; paintOver() }},
-      make('span', null, text), bar(valueOf(e) / Math.max(...top)), make('b', null, signed(valueOf(e)))) }
+  const rowOf = (j, u) => { const other = units[from[edge(j)]] == u.unit ? head(j) : tail(j), via = c.nodes[target(j)], near = units[into[edge(j)]] == u.unit
+    const text = (!near ? via.id : tail(j) == head(j) ? `its ${via.kind == 'port' ? via.id : c.nodes[source(j)].id}` : c.nodes[source(j)].id + (via.kind == 'port' && u.kind != 'pill' ? `  → ${portOf(via)}` : ''))
+      + (st.spread && u.at === null ? there(where(j)) : '')
+    return make('button', {type: 'button', title: name(j), onclick: () => select(chip(other)), onpointerenter: () => { hover = j; paintOver() }, onpointerleave: () => { hover = -1; paintOver() }},
+      make('span', null, text), bar(valueOf(j) / Math.max(...lay.top)), make('b', null, signed(valueOf(j)))) }
+  const portOf = n => n.port + (n.lag != null ? `@${n.lag}` : n.steps ? ` ${n.steps.join('>')}` : '')
+  const portSaid = n => `${n.id}: ${n.steps ? `carried from step ${n.steps[0]}${quoted(n.steps[0])} to step ${n.steps[1]}${quoted(n.steps[1])}` : PORTS[n.port] || n.port}${n.lag != null ? `, ${n.lag} back` : ''}`
   const bar = x => { const t = bend(x) || 0, i = shade(x || 0); return make('u', {style: `width:${Math.abs(100 * t)}%;background:light-dark(${ramp(i, 0)},${ramp(i, 1)})`}) }
+  const spotOf = u => st.spread ? u.unit.k * T + (u.at ?? T - 1) : u.unit.k
+  const said = u => { const v = st.spread && u.at === null ? null : lay.spots[spotOf(u)], whole = c.graphs.map((_, k) => signed(byHead.node[k][u.unit.k])).join(' and ')
+    return [st.spread ? (u.at === null ? 'at all tokens' : there(u.at).slice(1)) : '', v ? about(v).slice(title(v).length + 2) : '',
+      st.spread && inside(u.unit.k) ? `${whole} over all tokens` : ''].filter(x => x).join(', ') }
   let listed = ''
   function panel() {
-    const u = st.unit, aside = $('.side'), key = [u?.k, st.which, st.given, st.n, st.text, [...st.off], st.hidden.size, st.pinned.size].join()
+    const u = sel(), aside = $('.side'), key = [u?.k, st.at, st.spread, st.which, st.given, st.n, st.text, [...st.off], st.hidden.size, st.pinned.size].join()
     if (key == listed) return
     const at = aside.contains(document.activeElement) ? document.activeElement.className : ''
     listed = key
     aside.classList.toggle('has', !!u)
-    if (!u) { const best = units.filter(v => column(v) && has[v.k] && !st.hidden.has(v)).sort((a, b) => Math.abs(unitScore(b, which()[0])) - Math.abs(unitScore(a, which()[0]))).slice(0, 8), k = which()[0]
+    if (!u) { const best = placed.filter(v => column(v) && has[v.k] && !st.hidden.has(v.unit)).sort((a, b) => Math.abs(unitScore(b, which()[0])) - Math.abs(unitScore(a, which()[0]))).slice(0, 8), k = which()[0]
       return aside.replaceChildren(make('h4', {style: 'margin-top:0'}, 'Strongest parts'), make('div', {className: 'list'}, ...best.map(v => make('button', {type: 'button', onclick: () => select(v)},
-        make('span', null, v.name), bar(unitScore(v, k) / topNode[k]), make('b', null, signed(unitScore(v, k)))))), make('p', {className: 'note'}, 'Choose a node to see its edges, to pin it or to hide it.')) }
+        make('span', null, title(v)), bar(unitScore(v, k) / lay.topNode[k]), make('b', null, signed(unitScore(v, k)))))), make('p', {className: 'note'}, 'Choose a node to see its edges, to pin it or to hide it.')) }
     const part = (title, all) => { const some = all.filter(e => side[e]).sort((a, b) => strength(b) - strength(a)), rest = all.length - some.length
       return [make('h4', null, `${title}: ${some.length}` + (rest ? ` of ${all.length}` : '')), make('div', {className: 'list'}, ...some.slice(0, 12).map(e => rowOf(e, u))),
               some.length > 12 ? make('details', null, make('summary', null, `${Math.min(200, some.length) - 12} smaller ones`), make('div', {className: 'list'}, ...some.slice(12, 200).map(e => rowOf(e, u)))) : null] }
     const told = make('div', {className: 'told'})
-    aside.replaceChildren(...[make('h3', null, u.name), make('div', {className: 'note'}, about(u).slice(u.name.length + 2)),
-      make('div', {className: 'do'}, make('button', {type: 'button', className: 'pin', onclick: () => flip(st.pinned, u)}, st.pinned.has(u) ? 'Unpin' : 'Pin'),
-        u.kind == 'embed' || u.kind == 'logits' ? null : make('button', {type: 'button', className: 'hide', onclick: () => { st.unit = null; flip(st.hidden, u) }}, 'Hide'),
-        make('button', {type: 'button', className: 'close', onclick: () => { const b = buttons.get(u); select(null); b?.focus() }}, 'Close')),
-      ...part('Edges in', inputs[u.k]), ...part('Edges out', outputs[u.k]), told].filter(x => x))
+    aside.replaceChildren(...[make('h3', null, u.name), make('div', {className: 'note'}, said(u)),
+      make('div', {className: 'do'}, make('button', {type: 'button', className: 'pin', onclick: () => flip(st.pinned, u.unit)}, st.pinned.has(u.unit) ? 'Unpin' : 'Pin'),
+        u.kind == 'embed' || u.kind == 'logits' ? null : make('button', {type: 'button', className: 'hide', onclick: () => { st.unit = null; flip(st.hidden, u.unit) }}, 'Hide'),
+        make('button', {type: 'button', className: 'close', onclick: () => { const b = buttons.get(chip(spotOf(u))); select(null); b?.focus() }}, 'Close')),
+      ...part('Edges in', touching(inputs, u)), ...part('Edges out', touching(outputs, u)), told].filter(x => x))
     if (at) aside.querySelector(`.${at}`)?.focus()
     tellOf(u, told)
   }
@@ -406,28 +538,35 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     if (answers.has(u.name)) { const h = await answers.get(u.name); to.innerHTML = h } }
   function table() {
     const some = drawn.slice(-100).reverse()
-    $('.rows .sc').replaceChildren(sheet(['from', 'to', ...(two && st.which == 2 ? [names[0], names[1], 'in'] : ['score'])], some.map(e => [c.nodes[c.source[e]].id, c.nodes[c.target[e]].id,
-      ...(two && st.which == 2 ? [score[0][e], score[1][e], ['', names[0], names[1], 'both'][side[e]]] : [valueOf(e)])])))
+    $('.rows .sc').replaceChildren(sheet(['from', 'to', ...(st.spread ? ['at'] : []), ...(two && st.which == 2 ? [names[0], names[1], 'in'] : ['score'])], some.map(e => [c.nodes[source(e)].id, c.nodes[target(e)].id, ...(st.spread ? [there(where(e)).slice(4)] : []),
+      ...(two && st.which == 2 ? [lay.score[0][e], lay.score[1][e], ['', names[0], names[1], 'both'][side[e]]] : [valueOf(e)])])))
   }
   const flip = (set, u) => { set.has(u) ? set.delete(u) : set.add(u); listed = ''; chips(); later() }
   function chips() {
     $('.chips').replaceChildren(...[[st.hidden, 'hidden'], [st.pinned, 'pinned']].flatMap(([set, word]) => [...set].map(u =>
       make('button', {type: 'button', title: `no longer ${word}`, onclick: () => flip(set, u)}, `${word} ${u.name} ✕`)))) }
   function select(u) {
-    st.unit = u; listed = ''
-    for (const [v, b] of buttons) b.setAttribute('aria-pressed', v == u)
+    st.unit = u && u.unit; st.at = u ? u.at : null; listed = ''
+    for (const [v, b] of buttons) b.setAttribute('aria-pressed', isPicked(v))
     panel(); paintOver(); send() }
   let sending = 0, last = null                                 // the size that is known outside
   const send = () => { clearTimeout(sending); sending = setTimeout(() => { last = st.given ? 0 : st.n; tell({node: st.unit ? st.unit.name : '', size: last}) }, 120) }
-  const rest = () => { moving = 0; if (frames) strokes(canvas('.edges'), drawn) }
-  const count = n => { clearTimeout(moving); moving = setTimeout(rest, 160); st.given = false; st.n = Math.max(1, Math.min(E, Math.round(n) || 1)); send(); later() }
+  const rest = () => { moving = 0; if (frames) { const g = canvas('.edges'); paintUnder(g); strokes(g, drawn) } }
+  const count = n => { clearTimeout(moving); moving = setTimeout(rest, 160); st.given = false; st.n = Math.max(1, Math.min(all, Math.round(n) || 1)); send(); later() }
+  function turn(by) {                                          // from one layout to the other
+    st.spread = by == 'position'; lay = st.spread ? byPosition : byHead; st.at = null; rows = []; listed = ''; order = ''
+    box.classList.toggle('spread', st.spread); $('.few').hidden = st.spread; scene.scrollLeft = 0
+    for (const b of box.querySelectorAll('[data-by]')) b.setAttribute('aria-pressed', b.dataset.by == by)
+    legend(); later() }
 
   // -- the pointer
+  const inScene = e => { const b = scene.getBoundingClientRect(); return [e.clientX - b.left + scene.scrollLeft, e.clientY - b.top] }
   function say(text, e, u) {
     const tip = $('.tip'); tip.hidden = !text; if (!text) return
     tip.textContent = text
-    const b = scene.getBoundingClientRect(), x = u ? u.x : e.clientX - b.left, y = u ? u.foot : e.clientY - b.top
-    tip.style.left = Math.max(0, Math.min(W - tip.offsetWidth, x + 12)) + 'px'; tip.style.top = y + 16 + 'px'
+    const [x, y] = u ? [u.x, u.foot] : inScene(e), l = scene.scrollLeft, below = y + 16 + tip.offsetHeight
+    tip.style.left = Math.max(l, Math.min(l + scene.clientWidth - tip.offsetWidth, x + 12)) + 'px'
+    tip.style.top = (st.spread && below > H ? Math.max(0, y - 30) : y + 16) + 'px'
   }
   function flat(e) {                                           // points along an edge
     const p = line(e), out = []
@@ -449,23 +588,30 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
         if (d <= near) { near = d; best = e } } }
     return best
   }
+  function markAt(x, y) {
+    for (const u of placed) if (u.x !== undefined && shown(u) && Math.abs(x - u.x) < u.w / 2 && y > u.y + u.h && y < u.foot) {
+      const near = u.marks.filter(m => Math.abs(m.x - x) <= Math.max(3, m.w / 2 + 1)).sort((a, b) => Math.abs(a.x - x) - Math.abs(b.x - x))[0]
+      if (near) return near } }
   scene.onpointermove = ev => {
     if (ev.target.closest('.node')) return
-    const b = scene.getBoundingClientRect(), e = nearest(ev.clientX - b.left, ev.clientY - b.top)
+    const [x, y] = inScene(ev), port = markAt(x, y), e = port ? -1 : nearest(x, y)
     if (e != hover) { hover = e; paintOver() }
-    say(e < 0 ? '' : `${name(e)}   ${two ? c.graphs.map((_, k) => `${names[k]} ${signed(score[k][e])}`).join(', ') : signed(valueOf(e))}`, ev)
+    say(port ? portSaid(c.nodes[port.i]) : e < 0 ? '' : `${name(e)}   ${two ? c.graphs.map((_, k) => `${names[k]} ${signed(lay.score[k][e])}`).join(', ') : signed(valueOf(e))}`, ev)
   }
   scene.onpointerleave = () => { say(''); if (hover >= 0) { hover = -1; paintOver() } }
+  scene.onscroll = () => { for (const l of scene.querySelectorAll('.label')) l.style.left = scene.scrollLeft + 'px' }
   scene.onclick = ev => { if (!ev.target.closest('.node') && st.unit) select(null) }
 
   // -- files
   const clean = s => String(s).replace(/[&<>"]/g, x => ({'&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;'})[x])
   function svg() {
     const out = [], f = v => +v.toFixed(1)
+    const way = p => { let d = `M${f(p[0])} ${f(p[1])}`; for (let i = 2; i < p.length; i += 6) d += `C${p.slice(i, i + 6).map(f).join(' ')}`; return d }
+    for (const [l, r, h] of bands()) out.push(`<rect x="${f(l)}" y="0" width="${f(r - l)}" height="${f(h)}" fill="${colours.ink}" fill-opacity=".05"/>`)
+    for (const r of rails) out.push(`<path class="rail" d="${r.path.map(way).join('')}" stroke="${colours[r.unit.branch]}" stroke-width="1.3" stroke-opacity=".5"><title>${clean(r.unit.name)}</title></path>`)
     for (const e of drawn) { const p = line(e); if (!p) continue
-      const {tint, width, alpha} = look(e); let d = `M${f(p[0])} ${f(p[1])}`
-      for (let i = 2; i < p.length; i += 6) d += `C${p.slice(i, i + 6).map(f).join(' ')}`
-      out.push(`<path d="${d}" stroke="${tint}" stroke-width="${f(width)}" stroke-opacity="${alpha}"><title>${clean(name(e))} ${signed(valueOf(e))}</title></path>`) }
+      const {tint, width, alpha} = look(e)
+      out.push(`<path d="${way(p)}" stroke="${tint}" stroke-width="${f(width)}" stroke-opacity="${alpha}"><title>${clean(name(e))} ${signed(valueOf(e))}</title></path>`) }
     for (const k of marks()) { out.push(`<rect x="${f(k.m.x - k.m.w / 2)}" y="${k.y}" width="${f(k.m.w)}" height="${k.h}" fill="${k.on ? k.fill : 'none'}" stroke="${k.on ? 'none' : colours.line}"/>`)
       if (k.text) out.push(`<text x="${f(k.m.mid)}" y="${k.ty + 4}" font-size="11" fill="${has[k.u.k] ? colours.ink : colours.soft}">${clean(k.text)}</text>`) }
     for (const [u, b] of buttons) { if (!b.isConnected) continue
@@ -473,13 +619,16 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
       out.push(`<rect x="${f(u.x - u.w / 2)}" y="${f(u.y)}" width="${f(u.w)}" height="${u.h}" rx="${u.kind == 'pill' ? 8 : 5}"${has[u.k] ? '' : ' stroke-dasharray="3 2"'} fill="${hex(s.backgroundColor)}" stroke="${hex(s.borderTopColor)}" stroke-width="${has[u.k] ? 2 : 1}"><title>${clean(about(u))}</title></rect>`,
         `<text x="${f(u.x)}" y="${f(mid)}" font-size="${u.kind == 'pill' ? 11 : 13}" fill="${hex(s.color)}">${clean(text)}</text>`, more ? `<text x="${f(u.x)}" y="${f(mid + 12)}" font-size="11" fill="${hex(s.color)}">${clean(more)}</text>` : '') }
     for (const l of labels) out.push(...[l.text, ...l.more.split('\n')].filter(s => s).map((s, i) => `<text x="0" y="${f(l.y + (l.more ? -3 : 4) + 14 * i)}" font-size="12" text-anchor="start" fill="${colours.soft}">${clean(s)}</text>`))
+    for (const w of gaps) if (w.text) out.push(`<text font-size="11" text-anchor="start" transform="translate(${f(w.x)} ${f(w.y + 9)})${w.slant ? ' rotate(55)' : ''}" fill="${colours.soft}">${clean(w.text)}<title>${clean(w.title)}</title></text>`)
     return `<svg xmlns="http://www.w3.org/2000/svg" width="${W}" height="${H}" viewBox="0 0 ${W} ${H}" font-family="system-ui,sans-serif" text-anchor="middle" fill="none" stroke-linecap="round"><title>${clean(c.graphs[which()[0]].model)}: ${drawn.length} edges</title>`
       + `<rect width="${W}" height="${H}" fill="${colours.back}"/>${out.join('\n')}</svg>`
   }
   function json() {                                            // the circuit in the picture, in the form that it came in
     const k = which()[0], number = x => x === x ? x : null
     return JSON.stringify({...c.heads[k], graph: c.graphs[k], nodes: c.nodes.map((n, i) => ({...n, score: number(worth[k][i])})),
-      edges: Array.from(side, (s, e) => ({source: c.nodes[c.source[e]].id, target: c.nodes[c.target[e]].id, score: number(score[k][e]), kept: !!(s >> k & 1)}))})
+      edges: Array.from(sums[k], (v, e) => { const at = Array.from({length: T}, (_, t) => t).filter(t => full[e * T + t] >> k & 1)
+        return {source: c.nodes[c.source[e]].id, target: c.nodes[c.target[e]].id, score: number(v), kept: at.length > 0,
+          ...(c.positions ? {scores: Array.from(fine[k].subarray(e * T, e * T + T), number), kept_at: at} : {})} })})
   }
   function save(kind, blob) {
     const a = make('a', {href: URL.createObjectURL(blob), download: `${(c.graphs[0].model || 'circuit').replace(/[^\w.-]+/g, '-')}-circuit.${kind}`})
@@ -490,7 +639,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     if (kind == 'svg') return save(kind, new Blob([svg()], {type: 'image/svg+xml'}))
     const image = new Image(), to = document.createElement('canvas')
     image.src = 'data:image/svg+xml;charset=utf-8,' + encodeURIComponent(svg()); await image.decode()
-    to.width = 2 * W; to.height = 2 * H; to.getContext('2d').drawImage(image, 0, 0, 2 * W, 2 * H)
+    const d = Math.min(2, 16000 / W); to.width = d * W; to.height = d * H; to.getContext('2d').drawImage(image, 0, 0, d * W, d * H)
     to.toBlob(blob => save(kind, blob), 'image/png') }
 
   // -- words around it, and listening
@@ -498,7 +647,9 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
   if (prompts.length) { $('.ask').append(make('b', null, JSON.stringify(prompts[0])), ` → ${JSON.stringify(g0.answers?.[0] ?? '')}`, g0.wrong?.[0] ? ` against ${JSON.stringify(g0.wrong[0])}` : '')
     $('.asked').hidden = false; $('.asked summary').textContent = prompts.length > 1 ? `All ${prompts.length} prompts, counterfactuals and answers` : 'The counterfactual'
     $('.asked .sc').append(sheet(['prompt', 'counterfactual', 'answer', 'against'], prompts.map((p, i) => [p, g0.counterfactuals?.[i] ?? '', g0.answers?.[i] ?? '', g0.wrong?.[i] ?? '']))) }
-  $('.all').textContent = `of ${num(E)}`; $('.count').max = E
+  $('.all').textContent = `of ${num(all)}`; $('.all').title = EDGES; $('.count').max = all
+  $('.lay').hidden = T < 2
+  for (const b of box.querySelectorAll('[data-by]')) b.onclick = () => turn(b.dataset.by)
   for (const b of branches) $('.kinds').append(make('label', {style: `--c:${colour(b)}`}, make('input', {type: 'checkbox', checked: true, onchange: e => { e.target.checked ? st.off.delete(b) : st.off.add(b); later() }, data: {branch: b}}), make('i'), b))
   $('.both').hidden = !two
   if (two) ['both compared', names[1], names[0]].forEach((s, i) => $('.which').append(make('option', {value: 2 - i}, s)))
@@ -506,12 +657,13 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
   function legend() {
     const ports = [...seen].map(p => `${SHORT[p] || p} ${PORTS[p] || p}`).join(' · '), k = which()[0], bits = []
     if (st.which == 2) for (const [s, text] of [[3, 'in both'], [1, `only ${names[0]}`], [2, `only ${names[1]}`]]) bits.push(make('span', {style: `--c:var(--${SIDES[s]})`}, make('i', {style: 'background:var(--c)'}), ' ' + text))
-    else { const stops = Array.from({length: 41}, (_, i) => { const t = i / 20 - 1, j = shade(t * Math.abs(t)); return `light-dark(${ramp(j, 0)},${ramp(j, 1)})` }), m = top[k]
+    else { const stops = Array.from({length: 41}, (_, i) => { const t = i / 20 - 1, j = shade(t * Math.abs(t)); return `light-dark(${ramp(j, 0)},${ramp(j, 1)})` }), m = lay.top[k]
       bits.push(make('span', null, 'edge ', make('span', {className: 'scale'}, make('b', {style: `background:linear-gradient(90deg,${stops})`}), ...[[0, -m], [25, -m / 4], [50, 0], [75, m / 4], [100, m]].map(([p, v]) => make('em', {style: `left:${p}%`}, signed(v))))),
-        make('span', null, `node ±${num(topNode[k])} at the ends`)) }
+        make('span', null, `${st.spread ? 'part' : 'node'} ±${num(lay.topNode[k])} at the ends`)) }
+    if (st.spread) bits.push(make('span', null, make('i', {className: 'along'}), ' along a row: what a part carries on to later tokens'))
     if (ports) bits.push(make('span', null, `into a head: ${ports}`))
     $('.lg').replaceChildren(...bits) }
-  $('.n').oninput = e => count(E ** (+e.target.value / 1000)); $('.count').oninput = e => count(+e.target.value)
+  $('.n').oninput = e => count(all ** (+e.target.value / 1000)); $('.count').oninput = e => count(+e.target.value)
   $('.given').onclick = () => { st.given = true; send(); later() }
   $('.find').oninput = e => { st.text = e.target.value; later() }
   $('.only').onchange = e => { st.only = e.target.checked; rows = []; later() }
@@ -527,11 +679,11 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
   for (const e of [document.documentElement, document.body]) theme.observe(e, {attributes: true})
   scheme.addEventListener('change', later)
   const set = s => { const u = s.node ? byName.get(s.node) || null : null
-    if (s.size !== last) { last = s.size; st.given = !s.size; if (s.size) st.n = Math.min(E, s.size); later() }
-    if (u != st.unit) { st.unit = u; listed = ''; later() } }
+    if (s.size !== last) { last = s.size; st.given = !s.size; if (s.size) st.n = Math.min(all, s.size); later() }
+    if (u != st.unit) { st.unit = u; st.at = null; listed = ''; later() } }
   const many = kept[0].reduce((a, b) => a + b, 0)
   set(start); if (!start.size && many > 2000) { st.given = false; st.n = 300 }
-  legend(); resize.observe(box)
+  turn(st.spread ? 'position' : 'head'); resize.observe(box)
   return {set, stop() { cancelAnimationFrame(due); clearTimeout(sending); clearTimeout(moving); resize.disconnect(); theme.disconnect(); scheme.removeEventListener('change', later) }}
 }
 

@@ -32,10 +32,13 @@ def board_data(
 ) -> bytes:
     "What the picture is drawn from, compressed; ValueError for what is no circuit, and for two of different graphs."
     ids, ends = _checked(body)
-    bodies = [body] if compare is None else [body, compare]
+    bodies, positions = [body] if compare is None else [body, compare], _positions(body)
     if compare is not None and _checked(compare) != (ids, ends):
         raise ValueError(f'got circuits of {_model(body)} and {_model(compare)}, expected two of one graph: '
                          'the same nodes and edges in one order')
+    if compare is not None and _positions(compare) != positions:
+        raise ValueError(f'got circuits by {positions} and {_positions(compare)} positions, expected as many for both '
+                         '(0: not by position)')
     if details and (lost := sorted({*details} - _known(ids))):
         raise ValueError(f'got details of {lost[0]!r}, expected names of nodes, such as {ids[-2]!r}')
     ramps = np.stack(RAMPS[True])
@@ -43,9 +46,11 @@ def board_data(
               'target': torch.tensor([b for _, b in ends], dtype=torch.int32)}
     for k, one in enumerate(bodies):
         arrays |= {f'score{k}': _scores(one['edges']), f'node{k}': _scores(one['nodes']),
-                   f'kept{k}': torch.tensor([bool(e.get('kept', True)) for e in one['edges']], dtype=torch.uint8)}
+                   f'kept{k}': _kept(one['edges'], positions)}
+        if positions: arrays[f'scores{k}'] = torch.tensor([[*map(_real, e['scores'])] for e in one['edges']])
     data, parts = pack(arrays)
-    about = {'parts': parts, 'nodes': [{k: v for k, v in n.items() if k != 'score'} for n in body['nodes']],
+    about = {'parts': parts, 'positions': positions,
+             'nodes': [{k: v for k, v in n.items() if k != 'score'} for n in body['nodes']],
              'graphs': [one['graph'] for one in bodies],
              'heads': [{k: v for k, v in one.items() if k not in ('graph', 'nodes', 'edges')} for one in bodies],
              'names': _names(bodies, names), 'details': {k: _bare(v) for k, v in (details or {}).items()}}
@@ -66,12 +71,26 @@ def _checked(body) -> tuple[list[str], list[tuple[int, int]]]:
                          'an embed and a logits among them')
     return ids, ends
 
+def _positions(body) -> int:
+    "How many positions its edges are told apart by; 0 where they are not."
+    widths = {len(e.get('scores', ())) for e in body['edges']}
+    if len(widths) > 1: raise ValueError(f'got edges with {sorted(widths)[:4]} scores, expected as many for all')
+    return widths.pop()
+
 def _known(ids) -> set[str]:
-    "Names that can be chosen: of nodes, and of ports without their lag."
+    "Names that can be chosen: of nodes, and of ports without their lag or steps."
     return {*ids, *(n.partition('@')[0] for n in ids)}
 
-def _scores(rows) -> torch.Tensor:
-    return torch.tensor([math.nan if r.get('score') is None else float(r['score']) for r in rows])
+_real = lambda v: math.nan if v is None else float(v)
+
+def _scores(rows) -> torch.Tensor: return torch.tensor([_real(r.get('score')) for r in rows])
+
+def _kept(edges, positions: int) -> torch.Tensor:
+    "(n_edges,), or (n_edges, pos), of 0 and 1."
+    if not positions: return torch.tensor([bool(e.get('kept', True)) for e in edges], dtype=torch.uint8)
+    kept = torch.zeros(len(edges), positions, dtype=torch.uint8)
+    for row, e in zip(kept, edges): row[e['kept_at']] = 1
+    return kept
 
 def _names(bodies, names) -> list[str]:
     said = [str(b['graph'].get('method', '')) for b in bodies]
@@ -91,7 +110,7 @@ def board_view(
     names: tuple[str, str] | None = None,  # what the two are called; None: their methods
     details: dict[str, str] | None = None,  # HTML by the name of a node, shown when it is chosen
     node: str = '',  # which is chosen at first
-    size: int = 0,  # the number of largest edges at first; 0: the circuit as it was found
+    size: int = 0,  # the number of largest edges (at positions, if it has them) at first; 0: as it was found
 ) -> str:
     "A circuit as HTML that can be handled without a kernel; ValueError for what is no circuit and unknown nodes."
     data, start = board_data(body, compare, names, details), json.dumps(_start(body, node, size))
@@ -102,20 +121,26 @@ def board_view(
 def _start(body, node: str, size: int) -> dict:
     ids, ends = _checked(body)
     if node and node not in _known(ids): raise ValueError(f'got node {node!r}, expected one such as {ids[-2]!r}')
-    if not 0 <= size <= len(ends): raise ValueError(f'got size {size}, expected 0 to {len(ends)} edges')
+    n = len(ends)*max(1, _positions(body))
+    if not 0 <= size <= n: raise ValueError(f'got size {size}, expected 0 to {n} edges')
     return {'node': node, 'size': int(size)}
 
 def _still(body, most: int = 20) -> str:
     "The strongest edges of a circuit as a table, for where nothing can be drawn."
-    kept = [e for e in body['edges'] if e.get('kept', True)]
-    size = lambda e: abs(e['score']) if e['score'] is not None and e['score'] == e['score'] else 0.
-    rows = [[e['source'], e['target'], e['score'] if size(e) else 0.] for e in sorted(kept, key=lambda e: -size(e))]
-    return f'<div class="note">{esc(_said(body))}</div>' + table(rows[:most], ['from', 'to', 'score'])
+    if positions := _positions(body):
+        words = dict(enumerate(body['graph'].get('words', ())))
+        rows = [[e['source'], e['target'], f'{t} {words.get(t, "")}', e['scores'][t]]
+                for e in body['edges'] for t in e['kept_at']]
+    else: rows = [[e['source'], e['target'], e['score']] for e in body['edges'] if e.get('kept', True)]
+    for row in rows: row[-1] = 0. if row[-1] is None or math.isnan(row[-1]) else row[-1]
+    rows.sort(key=lambda row: -abs(row[-1]))
+    return (f'<div class="note">{esc(_said(body))}</div>' +
+            table(rows[:most], ['from', 'to', *['at']*bool(positions), 'score']))
 
 def _said(body) -> str:
-    n, all_ = sum(bool(e.get('kept', True)) for e in body['edges']), len(body['edges'])
-    g = body['graph']
-    how = f' by {g["method"]}' if g.get('method') else ''
+    g, positions = body['graph'], _positions(body)
+    n, all_ = int(_kept(body['edges'], positions).sum()), len(body['edges'])*max(1, positions)
+    how = ' at positions'*bool(positions) + (f' by {g["method"]}' if g.get('method') else '')
     if all(isinstance(g.get(k), float | int) for k in ('clean', 'corrupt')):
         how += f'; {g.get("metric", "metric")} {num(g["clean"])} clean, {num(g["corrupt"])} with everything exchanged'
     return f'{_model(body)}: {num(n)} of {num(all_)} edges{how}'
@@ -135,7 +160,7 @@ class CircuitInspector(Still, anywidget.AnyWidget):
         compare: dict | None = None,  # a second circuit of the same graph, to compare
         names: tuple[str, str] | None = None,  # what the two are called; None: their methods
         node: str = '',  # which is chosen at first
-        size: int = 0,  # the number of largest edges at first; 0: the circuit as it was found
+        size: int = 0,  # the number of largest edges (at positions, if it has them) at first; 0: as it was found
     ):
         self.body, self.detail, self.details = body, detail, dict(details or {})
         self.compare, self.names = compare, names

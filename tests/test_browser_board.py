@@ -308,6 +308,251 @@ def test_what_is_no_circuit_is_refused():
     assert look.node in repr(look) and json.dumps(look.node)[1:-1] in look.html
 
 
+# -- by position, and finer nodes --------------------------------------------------------
+def at_tokens(body, words, kept=60, seed=0):
+    "A circuit by hand by position: each edge matters at two of the last five tokens, those of the logits at the last."
+    pick, T, body = random.Random(seed), len(words), {**body, 'graph': {**body['graph'], 'words': words}}
+    edges = []
+    for e in body['edges']:
+        at = {T - 1} if e['target'] == 'logits' else set(pick.sample(range(T - 5, T), 2))
+        edges.append({**e, 'scores': [e['score']*pick.random()*(t in at) for t in range(T)]})
+    body['edges'] = edges
+    on = forward(body, ranked_at(body)[:kept])
+    for i, e in enumerate(edges): e |= dict(score=sum(e['scores']), kept_at=[t for j, t in on if j == i], kept=any(j == i for j, _ in on))
+    return body
+
+
+def ranked_at(body):
+    "(edge, position) by magnitude."
+    T = len(body['edges'][0]['scores'])
+    return sorted(((i, t) for i in range(len(body['edges'])) for t in range(T)), key=lambda j: (-abs(body['edges'][j[0]]['scores'][j[1]]), j))
+
+
+def forward(body, some):
+    "Those on a way from the embedding to the logits, where a node's value at a token is heard at it and later ones."
+    edges, T, nodes = body['edges'], len(body['edges'][0]['scores']), [n['id'] for n in body['nodes']]
+    on = {}
+    for i, t in some: on.setdefault((edges[i]['source'], t), []).append((edges[i]['target'], t))
+    steps = {(n, t): on.get((n, t), []) + [(n, t + 1)]*(t + 1 < T) for n in nodes for t in range(T)}
+    back = {}
+    for a, to in steps.items():
+        for b in to: back.setdefault(b, []).append(a)
+    def reach(start, steps):
+        here, left = {*start}, [*start]
+        while left:
+            for b in steps.get(left.pop(), []):
+                if b not in here: here.add(b); left.append(b)
+        return here
+    down, up = reach([('embed', t) for t in range(T)], steps), reach([('logits', t) for t in range(T)], back)
+    return [(i, t) for i, t in some if (edges[i]['source'], t) in down and (edges[i]['target'], t) in up]
+
+
+def kept_at(body): return {(i, t) for i, e in enumerate(body['edges']) for t in e['kept_at']}
+
+
+def owner(body):
+    "Node -> what it is drawn as: a port of one head is a mark of the head, others are a pill by their name without lag."
+    ends, kinds = {}, {n['id']: n['kind'] for n in body['nodes']}
+    for e in body['edges']:
+        if kinds[e['source']] == 'port': ends.setdefault(e['source'], set()).add(e['target'])
+    return {n: n if k != 'port' else min(ends[n]) if len(ends[n]) == 1 else n.partition('@')[0] for n, k in kinds.items()}
+
+
+def chips(page):
+    "(name, position) -> box of what is drawn by position."
+    rows = page.locator('.node').evaluate_all("a => a.map(e => [e.getAttribute('aria-label'), e.offsetLeft, e.offsetTop, e.offsetLeft + e.offsetWidth, e.offsetTop + e.offsetHeight])")
+    out = {}
+    for said, *box in rows:
+        name, _, at = said.partition(' at ')
+        out[name, int(at.split()[0])] = box
+    return out
+
+
+def by(page, layout): settled(page, lambda: page.locator(f'[data-by={layout}]').click())
+
+
+@pytest.fixture(scope='module')
+def real():
+    from circuitbench.circuit import extract_circuit
+    from circuitbench.load import load_model
+    prompt = ' Question: what is the capital of France? Answer:'
+    return extract_circuit(load_model('tiny://mamba2'), prompt, ' Paris', by_position=True, budgets=(.002, .005), progress=False).to_dict()
+
+
+@pytest.fixture(scope='module')
+def real_address(real, tmp_path_factory): return CircuitInspector(real).to_html(tmp_path_factory.mktemp('board')/'real.html').as_uri()
+
+
+def test_tokens_are_columns_and_layers_rows(browser, real, real_address):
+    own, on, words = owner(real), kept_at(real), real['graph']['words']
+    block = {n['id']: n['block'] for n in real['nodes']}
+    with watched_page(browser, viewport={'width': 1280, 'height': 800}) as (page, seen):
+        opened(page, real_address)
+        assert page.locator('[data-by][aria-pressed=true]').inner_text() == 'by position' and not page.locator('.few').is_visible()
+        assert drawn(page) == len(on) > 50
+        there = chips(page)
+        want = {(own[real['edges'][i][k]], t) for i, t in on for k in ('source', 'target')}
+        assert want <= {*there} and all(name == 'embed' for name, _ in {*there} - want)
+        boxes = [*there.values()]
+        for i, (l, t, r, b) in enumerate(boxes): assert all(r <= k[0] or k[2] <= l or b <= k[1] or k[3] <= t for k in boxes[:i])
+        for (a, s), p in there.items():                                # columns from left to right, layers from below
+            for (b, t), q in there.items():
+                if s < t: assert p[2] <= q[0]
+                if '[' in a and '[' in b and block.get(a, 0) < block.get(b, 0): assert p[1] > q[1]
+        live = {t for _, t in there}
+        assert page.locator('.word').all_inner_texts() == [w.strip() for t, w in enumerate(words) if t not in live]
+        labels = page.locator('.node[aria-label^="embed "]').evaluate_all('a => a.map(e => [e.offsetLeft, e.textContent])')
+        assert [s for _, s in sorted(labels)] == [words[t].strip() for t in sorted(live)]
+        assert any(len({t for n, t in there if n == name}) > 1 for name, _ in there if name not in ('embed', 'logits'))
+        by(page, 'head')
+        assert drawn(page) == len({i for i, _ in on}) and page.locator('.few').is_visible() and page.locator('.word').count() == 0
+        best = max((n for n in real['nodes'] if n['kind'] == 'head'), key=lambda n: abs(n['score']))['id']
+        assert [n for n in nodes(page) if n.endswith(']')][0] == best and page.locator('.side .list').first.inner_text().startswith(best)
+        by(page, 'position')
+        assert chips(page) == there and drawn(page) == len(on)
+        assert seen.errors == [] and seen.requests == [real_address]
+
+
+def test_the_slider_goes_over_edges_at_tokens(browser, real, real_address):
+    with watched_page(browser, viewport={'width': 1280, 'height': 800}, accept_downloads=True) as (page, seen):
+        opened(page, real_address)
+        order = ranked_at(real)
+        assert int(page.locator('.count').get_attribute('max')) == len(order)
+        for n in (30, 300, 1500):
+            put(page, n)
+            want = set(forward(real, order[:n]))
+            assert drawn(page) == len(want) and len(want) < n
+            body = json.loads(saved(page, 'json'))
+            assert kept_at(body) == want and all(e['kept'] == bool(e['kept_at']) for e in body['edges'])
+            for e, f in zip(body['edges'], real['edges']): assert e['scores'] == pytest.approx(f['scores'], rel=1e-6) and e['score'] == pytest.approx(f['score'], rel=1e-6)
+        share, faithful = real['graph']['curve'][0]
+        put(page, round(share*len(order)))
+        assert page.inner_text('.faith') == f'{faithful:.2f}' and '≈' not in page.inner_text('.kept')
+        by(page, 'head')
+        want = forward(real, order[:round(share*len(order))])
+        assert drawn(page) == len({i for i, _ in want}) and page.inner_text('.faith') == f'{faithful:.2f}' and seen.errors == []
+
+
+def test_a_click_on_a_chip_shows_its_edges_there(browser, real, real_address):
+    own, on, edges = owner(real), kept_at(real), real['edges']
+    last = len(real['graph']['words']) - 1
+    name = own[max((e for e in edges if e['target'] == 'logits' and last in e['kept_at']), key=lambda e: abs(e['scores'][last]))['source']]
+    with watched_page(browser, viewport={'width': 1280, 'height': 800}) as (page, seen):
+        opened(page, real_address)
+        page.locator(f'.node[aria-label^="{name} at {last} "]').click()
+        assert page.locator('.side h3').inner_text() == name and f'at {last} {json.dumps(real["graph"]["words"][last])}' in page.inner_text('.side .note')
+        into = [i for i, e in enumerate(edges) if own[e['target']] == name]
+        out = [i for i, e in enumerate(edges) if e['source'] == name]
+        said = [f'{title}: {sum((i, last) in on for i in some)} of {len(some)}' for title, some in (('Edges in', into), ('Edges out', out))]
+        assert page.locator('.side h4').all_inner_texts() == said
+        best = max((i for i in out if (i, last) in on), key=lambda i: abs(edges[i]['scores'][last]))
+        row = page.locator('.side .list').nth(1).locator('button').first
+        assert row.get_attribute('title').startswith(f"{edges[best]['source']} → {edges[best]['target']} at {last}")
+        assert float(row.locator('b').inner_text().replace('−', '-')) == pytest.approx(edges[best]['scores'][last], rel=.01)
+        assert page.locator('.node[aria-pressed=true]').count() == 1 and lit(page, '.over') > 200
+        settled(page, lambda: page.locator('.side .hide').click())
+        left = [(i, t) for i, t in on if name not in (own[edges[i]['source']], own[edges[i]['target']])]
+        assert drawn(page) == len(forward(real, left) or left) and not any(n == name for n, _ in chips(page))
+        settled(page, lambda: page.locator('.chips button').click())
+        settled(page, lambda: page.locator('.find').fill(name))
+        want = {(i, t) for i, t in on if name in edges[i]['source'] or name in edges[i]['target']}
+        assert drawn(page) == len(want) and seen.errors == []
+
+
+def test_by_position_in_files(browser, real, real_address):
+    with watched_page(browser, viewport={'width': 1280, 'height': 800}, accept_downloads=True) as (page, seen):
+        opened(page, real_address)
+        svg, png = saved(page, 'svg').decode(), saved(page, 'png')
+        own = owner(real)
+        inside = sum(own[real['edges'][i]['source']] == own[real['edges'][i]['target']] for i, _ in kept_at(real))
+        rails = svg.count('class="rail"')
+        assert svg.count('<path') == drawn(page) - inside + rails and rails > 2 and 'NaN' not in svg and 'var(' not in svg
+        assert all(w.strip() in svg for w in real['graph']['words']) and len(png) > 20_000 and seen.errors == []
+
+
+@pytest.mark.parametrize('scheme, width', [('light', 1280), ('dark', 420)])
+def test_a_long_prompt_is_narrow_where_nothing_happens(browser, tmp_path, scheme, width):
+    words = [f' word{i}' for i in range(100)]
+    body, other = at_tokens(circuit(), words), at_tokens(circuit(seed=1, method='exact'), words, seed=1)
+    url = CircuitInspector(body, compare=other).to_html(tmp_path/'long.html').as_uri()
+    with watched_page(browser, color_scheme=scheme, viewport={'width': width, 'height': 800}) as (page, seen):
+        opened(page, url)
+        assert drawn(page) == len(kept_at(body) | kept_at(other))
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert page.evaluate('document.documentElement.scrollWidth') <= width
+        assert not [r for r in page.evaluate(CONTRAST) if r[0] < 4.5]
+        gaps = page.locator('.word').evaluate_all('a => a.map(e => [e.textContent, e.title])')
+        assert gaps[0][0] == '0–94' and 'word0 word1' in gaps[0][1]
+        there = chips(page)
+        assert min(b[0] for b in there.values()) < 200 and {t for _, t in there} <= {*range(95, 100)}
+        if width < 500: assert page.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('.scene'))")
+        for value, one in (('0', body), ('1', other)):
+            settled(page, lambda value=value: page.locator('.which').select_option(value))
+            assert drawn(page) == len(kept_at(one))
+        assert lit(page) > 2000 and seen.errors == [] and seen.requests == [url]
+
+
+def finer():
+    "A circuit with what a state carries, a port for all else, latents of the stream and experts."
+    nodes = []
+    def node(name, kind, branch='', port='', reads=None, writes=None, **more): nodes.append(dict(id=name, kind=kind, block=0, branch=branch, port=port, lag=None, steps=None, latent=None, reads=reads, writes=writes, score=1.) | more)
+    node('embed', 'embed', block=-1, writes=0)
+    for a in (1, 2): node(f'0.ssm.state[0]@{a}>4', 'port', 'ssm', 'state', reads=0, steps=[a, 4])
+    for h in (0, 1): node(f'0.ssm.write[{h}]', 'port', 'ssm', 'write', reads=0)
+    node('0.ssm.rest', 'port', 'ssm', 'rest', reads=0)
+    for h in (0, 1): node(f'0.ssm[{h}]', 'head', 'ssm', writes=.5)
+    for k in (878, 12, None): node(f'0.resid_mid.latent[{"rest" if k is None else k}]', 'latent', 'stream', reads=.5, writes=1, latent=k)
+    for k in (0, 3): node(f'0.mlp[{k}]', 'expert', 'mlp', reads=1, writes=2)
+    node('logits', 'logits', block=1, reads=2)
+    edges = []
+    for k, b in enumerate(nodes):
+        for a in nodes[:k]:
+            stream = a['writes'] is not None and b['reads'] is not None and a['writes'] <= b['reads'] and not (a['writes'] <= .5 <= b['reads'] and b['kind'] != 'latent' and a['kind'] in ('head', 'embed') and b['reads'] > .5)
+            inside = a['kind'] == 'port' and b['kind'] == 'head' and (a['port'] == 'rest' or a['id'].partition('@')[0][-2] == b['id'][-2])
+            if stream or inside: edges.append(dict(source=a['id'], target=b['id'], score=1. + len(edges)/50, kept=True))
+    return dict(format='circuitbench.circuit', version=2, directed=True, multigraph=False, graph=dict(model='by hand', ablation='patch', words=['Paris', ' is', ' the', ' capital', ' of']), nodes=nodes, edges=edges)
+
+
+@pytest.mark.parametrize('positions', [False, True])
+def test_latents_experts_and_carried_steps(browser, tmp_path, positions):
+    body = finer()
+    if positions:
+        for e in body['edges']: e |= dict(scores=[0]*4 + [e['score']], kept_at=[4])
+    url = CircuitInspector(body, node='0.ssm.state[0]').to_html(tmp_path/'finer.html').as_uri()
+    with watched_page(browser, viewport={'width': 1280, 'height': 900}) as (page, seen):
+        opened(page, url)
+        assert drawn(page) == len(body['edges']) and page.locator('.side h3').inner_text() == '0.ssm[0]'
+        at = page.locator('.node').evaluate_all("a => Object.fromEntries(a.map(e => [e.getAttribute('aria-label').split(/,| at /)[0], [e.offsetTop, e.firstChild.data, getComputedStyle(e).borderTopColor]]))")
+        assert [at[f'0.resid_mid.latent[{k}]'][1] for k in (878, 12, 'rest')] == ['878', '12', 'rest'] and [at[f'0.mlp[{k}]'][1] for k in (0, 3)] == ['0', '3']
+        rows = [at[n][0] for n in ('logits', '0.mlp[3]', '0.resid_mid.latent[878]', '0.ssm[1]', '0.ssm.rest', 'embed')]
+        assert rows == sorted(rows) and len({*rows}) == 6
+        assert len({at[n][2] for n in ('0.mlp[3]', '0.resid_mid.latent[878]', '0.ssm[1]')}) == 3
+        assert page.locator('[data-branch]').evaluate_all('a => a.map(e => e.dataset.branch)') == ['ssm', 'stream', 'mlp']
+        assert 'stream' in page.locator('.label').nth(1).inner_text()
+        head = page.locator('.node[aria-label^="0.ssm[0]"]').bounding_box()
+        said = []
+        for x in range(int(head['width'])):
+            page.mouse.move(head['x'] + x, head['y'] + head['height'] + 15)
+            if page.locator('.tip').is_visible(): said.append(page.inner_text('.tip'))
+        assert [*dict.fromkeys(s for s in said if '→' not in s)] == [
+            '0.ssm.state[0]@1>4: carried from step 1 " is" to step 4 " of"', '0.ssm.state[0]@2>4: carried from step 2 " the" to step 4 " of"',
+            '0.ssm.write[0]: all other writes', '0.ssm.rest: heard beside the other ports']
+        assert page.locator('.side .list').first.locator('span', has_text='state 1>4').count() == 1
+        settled(page, lambda: page.locator('[data-branch=stream]').uncheck())
+        left = [e for e in body['edges'] if 'latent' not in e['source'] + e['target']]
+        assert drawn(page) == len(pruned(left, range(len(left))) or left) and seen.errors == []
+
+
+def test_circuits_of_different_positions_are_not_compared():
+    body = at_tokens(circuit(), [' a']*8)
+    with pytest.raises(ValueError, match='got circuits by 8 and 0 positions'): board_data(body, BODY)
+    with pytest.raises(ValueError, match='got circuits by 8 and 9 positions'): board_data(body, at_tokens(circuit(), [' a']*9))
+    assert CircuitInspector(body, size=8*N).size == 8*N
+    with pytest.raises(ValueError, match=f'0 to {8*N} edges'): CircuitInspector(body, size=8*N + 1)
+    assert f'of {8*N:,} edges at positions' in repr(CircuitInspector(body))
+
+
+
 CELLS = ["""import json
 from circuitbench.board import CircuitInspector, board_view
 body = json.load(open('body.json'))
