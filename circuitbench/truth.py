@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .attribute import Scores, attribute
+from .choose import largest
 from .compile import compile, untidy
 from .exact import exact
 from .file import beside
@@ -280,10 +281,9 @@ def _row(case: Truth, label: str, f: Method, seeds: int, known: Tensor) -> Row:
 def _curve(case: Truth, found: Scores) -> list[float]:
     "Faithfulness at MIB's budgets, by magnitude."
     clean, corrupt = (float(v.mean()) for v in ends(case.model, case.pairs, logit_diff))
-    out, order = [], found.edges.abs().nan_to_num().argsort(descending=True)
+    out = []
     for share in BUDGETS:
-        keep = torch.zeros(len(case.graph), dtype=torch.bool)
-        keep[order[:max(1, round(share*len(order)))]] = True
+        keep = largest(found.edges, max(1, round(share*len(case.graph))))
         value = float(logit_diff(run_edges(case.model, case.pairs, case.graph, keep), case.pairs).mean())
         out.append(float(faithfulness_of(value, clean, corrupt)))
     return out
