@@ -200,7 +200,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
       const strip = us.some(u => u.marks.length) ? 20 : 0, row = {top: y, bottom: y + tall + strip}, wide = us.length + breaks(us)
       let x = gutter + (W - gutter - 12 - wide * pitch) / 2 + pitch / 2
       us.forEach((u, i) => { if (i && us[i - 1].branch != u.branch) x += .4 * pitch
-        Object.assign(u, {x, w: u.kind == 'whole' ? Math.max(w, Math.min(64, pitch * .9)) : w, y, h: tall, r: rows.length, foot: y + tall + (u.marks.length ? strip : 0)}); place(u); x += pitch })
+        Object.assign(u, {x, w: Math.max(w, Math.min(pitch * .9, u.kind == 'whole' ? 64 : u.kind == 'latent' ? textWidth(called(u)) + 6 : slots(u) > ports(u).length ? 9 * slots(u) : 0)), y, h: tall, r: rows.length, foot: y + tall + (u.marks.length ? strip : 0)}); place(u); x += pitch })
       const taken = us.map(u => [u.x - u.w / 2 - 3, u.x + u.w / 2 + 3])
       if (pills.length) { const groups = new Map()
         for (const u of pills) { const k = u.over.map(h => h.k).join(); groups.set(k, [...(groups.get(k) || []), u]) }
@@ -233,7 +233,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
 
   // by position: a column for each token, and in each cell of a row the parts that take part at it; columns without any are gaps
   const textWidth = text => 7.3 * text.length, mid = t => (cols[t][0] + cols[t][1]) / 2
-  const widthOf = u => u.kind == 'pill' ? 20 : Math.max(26, textWidth(label(u)) + 10, 10.5 * new Set(u.marks.map(m => m.port)).size)
+  const widthOf = u => u.kind == 'pill' ? 20 : Math.max(26, textWidth(label(u)) + 10, 10.5 * slots(u))
   const firstOf = kind => units.find(u => u.kind == kind).k * T
   function spread() {
     const slim = scene.clientWidth < 620, gutter = slim ? 22 : 62, cells = new Map(), live = new Set([T - 1])    // cells: stage -> position -> chips
@@ -307,10 +307,11 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     H = y + 6 + low
   }
   const word = t => words[t] === undefined ? String(t) : words[t].trim() || JSON.stringify(words[t]).slice(1, -1)
+  const ports = u => [...new Set(u.marks.map(m => m.port))].map(p => u.marks.filter(m => m.port == p)), slots = u => ports(u).reduce((s, ms) => s + share(ms), 0)
+  const share = ms => ms[0].port == 'state' ? Math.max(1, Math.min(2.5, .6 * ms.length)) : 1
   function place(u) {                                          // marks below a node, a group for each port
-    const groups = [...new Set(u.marks.map(m => m.port))].map(p => u.marks.filter(m => m.port == p)), share = ms => ms[0].port == 'state' ? Math.max(1, .7 * ms.length) : 1
-    const unit = u.w / groups.reduce((s, ms) => s + share(ms), 0); let l = u.x - u.w / 2
-    for (const ms of groups) { const room = unit * share(ms), each = (room - 2) / ms.length
+    const unit = u.w / slots(u); let l = u.x - u.w / 2
+    for (const ms of ports(u)) { const room = unit * share(ms), each = (room - 2) / ms.length
       ms.forEach((m, q) => Object.assign(m, {x: l + 1 + (q + .5) * each, w: Math.max(1, each - (ms.length > 1 ? .6 : 0)), mid: l + room / 2, room, first: !q})); l += room }
   }
   const lane = (row, at, x, t) => { let best = null, far = 1e9
@@ -519,7 +520,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     listed = key
     aside.classList.toggle('has', !!u)
     if (!u) { const best = placed.filter(v => column(v) && has[v.k] && !st.hidden.has(v.unit)).sort((a, b) => Math.abs(unitScore(b, which()[0])) - Math.abs(unitScore(a, which()[0]))).slice(0, 8), k = which()[0]
-      return aside.replaceChildren(make('h4', {style: 'margin-top:0'}, 'Strongest parts'), make('div', {className: 'list'}, ...best.map(v => make('button', {type: 'button', onclick: () => select(v)},
+      return aside.replaceChildren(make('h4', {style: 'margin-top:0'}, 'Strongest parts'), make('div', {className: 'list'}, ...best.map(v => make('button', {type: 'button', title: title(v), onclick: () => select(v)},
         make('span', null, title(v)), bar(unitScore(v, k) / lay.topNode[k]), make('b', null, signed(unitScore(v, k)))))), make('p', {className: 'note'}, 'Choose a node to see its edges, to pin it or to hide it.')) }
     const part = (title, all) => { const some = all.filter(e => side[e]).sort((a, b) => strength(b) - strength(a)), rest = all.length - some.length
       return [make('h4', null, `${title}: ${some.length}` + (rest ? ` of ${all.length}` : '')), make('div', {className: 'list'}, ...some.slice(0, 12).map(e => rowOf(e, u))),
