@@ -17,6 +17,8 @@ from circuitbench.truth import random_scores, truth
 
 torch.set_num_threads(1)
 TIDY = 'mqar-compiled', 'shift-recall-compiled', 'delta-recall-compiled', 'hybrid-carry-match', 'hybrid-carry-match-parallel', 'recall-mamba1-compiled'
+SLOW = 'delta-recall-compiled', 'hybrid-carry-match', 'hybrid-carry-match-parallel'       # where a fit takes seconds
+TIDY_FIRST = [pytest.param(n, marks=[pytest.mark.slow]*(n in SLOW)) for n in TIDY]
 METHODS = acdc, learned_masks, eap_ig_activations, flow_routes, grad_drop
 QUIET = dict(progress=False)
 
@@ -56,7 +58,7 @@ def test_acdc_keeps_what_is_in_the_circuit_and_drops_what_is_not(name, metric, t
     assert auroc(found.edges, case.edges) == 1. and bare(case.model)
 
 
-@pytest.mark.parametrize('name', TIDY)
+@pytest.mark.parametrize('name', TIDY_FIRST)
 def test_learned_masks_open_the_circuit(name):
     case = truth(name, 24, seed=1)
     found = learned_masks(case.model, case.pairs, case.graph, **QUIET)
@@ -66,7 +68,7 @@ def test_learned_masks_open_the_circuit(name):
     assert abs(alone - found.clean) < .3*(found.clean - found.corrupt) and bare(case.model)
 
 
-@pytest.mark.parametrize('name', TIDY)
+@pytest.mark.parametrize('name', TIDY_FIRST)
 def test_other_methods_on_the_tidy_cases(name):
     case = truth(name, 12, seed=1)
     assert auroc(eap_ig_activations(case.model, case.pairs, case.graph, steps=3, **QUIET).edges.abs(), case.edges) >= .95
@@ -369,8 +371,9 @@ def test_flow_of_a_transformer_in_numpy():
 
 
 # -- of all ---------------------------------------------------------------------------------
-@pytest.mark.parametrize('name', ['mamba1', 'rwkv7', 'zamba2', 'hymba', 'jamba', 'qwen3-next'])
-@pytest.mark.parametrize('f', METHODS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('f, name', [
+    pytest.param(f, name, marks=[pytest.mark.slow]*(name in ('hymba', 'qwen3-next') and f in (eap_ig_activations, grad_drop)), id=f'{f.__name__}-{name}')
+    for f in METHODS for name in ('mamba1', 'rwkv7', 'zamba2', 'hymba', 'jamba', 'qwen3-next')])
 def test_every_method_scores_every_kind_of_graph(f, name):
     model = load_model(f'mock://{name}-tiny')
     less = {'threshold': .3, 'metric': 'logit_diff'} if f is acdc else {'steps': 2} if 'steps' in f.__annotations__ else {}

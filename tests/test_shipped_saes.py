@@ -28,9 +28,9 @@ def test_each_model_has_a_coder_of_each_kind_and_all_are_small():
 def test_a_coder_reaches_the_figures_of_its_card(name):
     sae, model = SAE.load(name), load_model('/'.join(name.split('/')[:3]))
     assert sae.check(model) == sae.site and sae.cfg.model == model.name
-    m = core_metrics(model, sae, list(shipped_text('held'))[::7], tokens=2048)
+    m = core_metrics(model, sae, list(shipped_text('held'))[::7], tokens=1024)
     said = sae.metrics
-    assert m.explained_variance == pytest.approx(said.fve, abs=.06) and m.l0 == pytest.approx(said.l0, rel=.2)
+    assert m.explained_variance == pytest.approx(said.fve, abs=.04) and m.l0 == pytest.approx(said.l0, rel=.1)
     assert m.ce['sae'] - m.ce['clean'] == pytest.approx(said.loss_spliced - said.loss_clean, abs=.1)
     card = (SAES/name.removeprefix('tiny://')/'README.md').read_text()
     assert f"SAE.load('{name}')" in card and f'{said.fve:.4f}' in card
