@@ -138,7 +138,6 @@ _FORMAT = 'circuitbench.direction'
 _DUST = 1e-6                                                              # what float32 leaves of 0, beside 1
 def _flat(d: Direction) -> Tensor: return d.vector.double().flatten()
 def _number(k, n: int) -> bool: return isinstance(k, Integral) and not isinstance(k, bool) and 0 <= k < n
-
 def _place(d: Direction) -> str:
     heads = '' if d.heads is None else f', heads {list(d.heads)}'
     return f'{d.site}{heads}, of shape {tuple(d.vector.shape)}, in {d.model}'
@@ -175,9 +174,9 @@ def site_of(
     want = canonical(site or model.hook_point)
     if layer is not None and not _number(layer, model.n_layers):
         raise ValueError(f'got layer {layer!r}, expected 0 to {model.n_layers - 1}')
-    if '*' in want and layer is None:
+    if want.startswith(every := 'blocks.*.') and layer is None:
         raise ValueError(f'got no layer for {want}, expected layer= from 0 to {model.n_layers - 1}')
-    name, *more = model.site_names(want.replace('*', str(layer), 1))
+    name, *more = model.site_names(want.replace(every, f'blocks.{layer}.', 1))
     if more: raise ValueError(f'got site {site!r}, which means several; expected one, see model.sites()')
     if layer is not None and name != f'blocks.{layer}.{short(name)}':
         raise ValueError(f'got layer {layer} for {name}; expected the same layer, or none')
@@ -223,10 +222,9 @@ def latent_direction(
     if not _number(latent, n): raise ValueError(f'got latent {latent!r}, expected 0 to {n - 1}')
     row, site = (sae.feature(latent).direction, sae.cfg.out[0].site) if ours else (sae.W_dec[latent], sae.site)
     if ours:
-        read = sae.cfg.heads
-        if heads is not None and not {*heads} <= {*read}:
+        if heads is not None and not {*heads} <= {*(read := sae.cfg.heads)}:
             raise ValueError(f'got heads={heads}, expected some of those read one by one: {read or "none"}')
-        if heads := heads or read or None: row = row.expand(len(heads), *row.shape)
+        if heads := heads or sae.cfg.heads or None: row = row.expand(len(heads), *row.shape)
     layer, source, data = None if ours else layer, f'latent {latent}', f'a coder of {n} latents'
     return given_direction(model, row, site, layer, heads, source, data)
 
@@ -242,10 +240,11 @@ def _prompts(model: HookedModel, prompts) -> list[Tensor]:
         raise ValueError(f'got {len(many[0])} prompts in the place of one, expected a list of single ones')
     return rows
 
-def _mean_row(x: Tensor, at: At) -> Tensor:
-    "The mean over chosen positions of one prompt, (1, pos, ...) to (...), float32."
-    if not x.shape[1]: raise ValueError(f'got at={at!r}, which chooses no position of a prompt; expected one or more')
-    return x[0].float().mean(0)
+def _read(model: HookedModel, ids: Tensor, name: str, at: At, heads, grad: bool = False):
+    "A run and what it keeps of a site; ValueError where no position is chosen."
+    out, cache = model.run_with_cache(ids, name, at=at, heads=heads, grad=grad)
+    if name not in cache: raise ValueError(f'got at={at!r}, which chooses no position of {ids.shape[1]} tokens')
+    return out, cache
 
 @torch.no_grad()
 def gathered(
@@ -256,8 +255,8 @@ def gathered(
     heads: tuple[int, ...] | None = None,
 ) -> Tensor:
     "The mean of a site over chosen positions of each prompt, (prompt, ...), float32."
-    read = lambda ids: model.run_with_cache(ids, name, at=at, heads=heads)[1][name]
-    return torch.stack([_mean_row(read(ids), at) for ids in _prompts(model, prompts)])
+    rows = (_read(model, ids, name, at, heads)[1][name][0] for ids in _prompts(model, prompts))
+    return torch.stack([x.float().mean(0) for x in rows])
 
 def _sets(model, positive, negative, site, layer, at, heads) -> tuple[Tensor, Tensor, dict]:
     "Two sets' activations (prompt, d) in float64, and where they are."
@@ -325,13 +324,14 @@ def steepest(
     "The direction in which a metric rises most at a site: its gradient, mean over prompts and chosen positions."
     name, heads, _ = _at(model, site, layer, heads)
     def _gradient(ids):
-        out, cache = model.run_with_cache(ids, name, at=at, heads=heads, grad=True)
+        out, cache = _read(model, ids, name, at, heads, grad=True)
         with torch.enable_grad(): value = metric(out.logits[0, -1])
         if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
             raise ValueError(f'got {value!r} from the metric, expected a tensor without axes, computed from the logits')
-        return _mean_row(cache.grad(value)[name], at)
+        return cache.grad(value)[name][0].float().mean(0)
     rows = torch.stack([_gradient(ids) for ids in _prompts(model, prompts)])
-    return given_direction(model, rows.mean(0), name, heads=heads, source='gradient', data=f'{len(rows)} prompt{"s"*(len(rows) > 1)}')
+    data = f'{len(rows)} prompt{"s"*(len(rows) > 1)}'
+    return given_direction(model, rows.mean(0), name, heads=heads, source='gradient', data=data)
 
 # %% ../nbs/72_direction.ipynb #state
 def state_difference(
