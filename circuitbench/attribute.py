@@ -21,6 +21,7 @@ from .graph import Graph, Node, graph_of, heads_at, shares
 from .hook import HookedModel
 from .pairs import Metric, Pairs, metric_of
 from .readers import Heard, Way, back, only_heads
+from .site import BLOCK_SITES, short
 
 # %% ../nbs/63_attribute.ipynb #scores
 @dataclass(frozen=True, eq=False)
@@ -175,7 +176,7 @@ class _Attribution:
         filled = [[torch.zeros_like(x) if g is None else g for x, g in zip(p, got)] for p in parts]
         grads = {n: v[0] if len(v) == 1 else torch.cat(v, 1) for n, v in zip(names, filled)}
         rows = {n: heard.rows(n, g) for n, g in grads.items()}
-        self._finite(rows)
+        self._finite(heard, rows)
         self.moved, added = _Products(self, moved, rows), {}               # what each writer adds, by site
         for k, n in enumerate(nodes):
             if n.kind == 'logits': self._stream([k], rows[n.site][None], moved, added, share)
@@ -191,11 +192,16 @@ class _Attribution:
                 if self.graph.by_edges[p]: self.nodes[p] += share*float(v.sum())
             self._inner(way, heard, grads, moved, into, share)
 
-    def _finite(self, rows: dict[str, Tensor]):
-        for n, g in rows.items():
-            if not g.isfinite().all():
-                raise ValueError(f'got gradients at {n} that are not finite, expected numbers; look at the model there '
-                                 'or attribute in float64')
+    def _finite(self, heard: Heard, rows: dict[str, Tensor]):
+        "ValueError that names where numbers go wrong: the first value, or else the last gradient."
+        bad = [n for n, g in rows.items() if not g.isfinite().all()]
+        if not bad: return
+        joined = lambda x: torch.cat(x, 1) if isinstance(x, tuple) else x
+        order = lambda n: (int(n.split('.')[1]), list(BLOCK_SITES).index(short(n)))
+        first = [n for n in sorted(rows, key=order) if not joined(heard[n]).isfinite().all()]
+        what, where = ('values', first[0]) if first else ('gradients', max(bad, key=order))
+        raise ValueError(f'got {what} at {where} that are not finite, expected numbers; look at the model there or '
+                         'attribute in float64')
 
     def _block_change(self, n: Node, moved) -> Tensor:
         return moved[n.site] - moved[f'blocks.{n.block}.resid_pre']
