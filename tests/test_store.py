@@ -607,7 +607,7 @@ def at_run(model, n, do):
 def interrupt(): raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize('how', ['ctrl-c', 'kill'])
+@pytest.mark.parametrize('how', ['ctrl-c', pytest.param('kill', marks=pytest.mark.slow)])
 def test_an_interrupted_call_goes_on_to_the_same_files(how, store, small, tmp_path):
     part = tmp_path/'part'
     if how == 'kill':

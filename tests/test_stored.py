@@ -147,7 +147,7 @@ call(sys.argv[2])
 """
 
 
-@pytest.mark.parametrize('family, how', [('falcon-h1', signal.SIGINT), ('hymba', signal.SIGKILL)])
+@pytest.mark.parametrize('family, how', [('falcon-h1', signal.SIGINT), pytest.param('hymba', signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_call_goes_on_to_the_same_files(family, how, tmp_path):
     model, x, part = load_model(f'mock://{family}-tiny'), ids(1, 300), tmp_path/'part'
     if how == signal.SIGKILL:
