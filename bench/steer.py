@@ -1,0 +1,131 @@
+"""Steering: what a direction costs while text is generated, beside steering-vectors and repeng; beam search beside
+random search and the best single direction.
+
+    python bench/steer.py                      # everything
+    python bench/steer.py --only overhead      # with steering-vectors and repeng where they are installed
+"""
+import time
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from timing import alternate, options, table
+from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+
+from circuitbench.direction import Direction, mean_difference
+from circuitbench.hook import HookedModel
+from circuitbench.interventions import plan, push, write
+from circuitbench.load import load_model
+from circuitbench.plan_search import as_candidates, propose, search_plans
+from circuitbench.sae import SAE
+from circuitbench.stream import token_rows
+
+SMALL = dict(vocab_size=4096, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+
+
+def llama(d, layers):
+    sizes = dict(hidden_size=d, intermediate_size=4*d, num_hidden_layers=layers)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, **SMALL)).eval()
+
+
+def mamba2(d, layers):
+    sizes = dict(hidden_size=d, num_hidden_layers=layers, num_heads=16, head_dim=d//8, state_size=64, n_groups=1)
+    return Mamba2ForCausalLM(Mamba2Config(**sizes, **SMALL)).eval()
+
+
+def peers(hf, v, layer):
+    "What else adds a vector to the stream of a transformer: context managers around a call of generate."
+    out = {}
+    try:
+        from steering_vectors import SteeringVector
+        out['steering-vectors'] = lambda: SteeringVector({layer: v}, 'decoder_block').apply(hf)
+    except ImportError as err: print(f'steering-vectors is not here: {err}')
+    try:
+        np.float_ = np.float64                                  # repeng 0.4 asks for a name that numpy 2 has dropped
+        from repeng import ControlModel, ControlVector
+    except ImportError as err: print(f'repeng is not here: {err}')
+    else:
+        @contextmanager
+        def _on():
+            m = ControlModel(hf, [layer])
+            m.set_control(ControlVector('llama', {layer: v.numpy()}), 1.)
+            try: yield
+            finally: m.unwrap()
+        out['repeng'] = _on
+    return out
+
+
+def row(o, make):
+    "One model: transformers alone, ours without a plan, under each plan, the peers."
+    hf, n = make(*((64, 2) if o.quick else (512, 8))), 8 if o.quick else 64
+    model, layer = HookedModel(hf, name=make.__name__), hf.config.num_hidden_layers//2
+    ids, v, site = torch.randint(1, 4096, (1, 16)), torch.randn(hf.config.hidden_size), f'blocks.{layer}.ssm.state'
+    d = Direction(v, f'blocks.{layer}.resid_post', model.name, 'a draw')
+    plans = {'push': plan(push(d, d.norm))}
+    if make is mamba2:
+        s = Direction(torch.randn(model.site_shape(site, 1, 1)[2:]), site, model.name, 'a draw')
+        plans['state write'] = plan(write(s, 1., at=15))
+    bare = partial(hf.generate, ids, max_new_tokens=n, do_sample=False)
+    calls = {'transformers': bare, 'unsteered': partial(model.generate, ids, n)}
+    def under(on, call):
+        with on(): return call()
+    for k, p in plans.items(): calls[k] = partial(under, partial(p.on, model), calls['unsteered'])
+    for k, on in (peers(hf, v, layer) if make is llama else {}).items(): calls[k] = partial(under, on, bare)
+    with torch.no_grad(): t = alternate(calls, o.seconds, 5)
+    return [{'model': model.name, 'generation': k, 'ms a token': s/n*1e3, 'of unsteered': s/t['unsteered'],
+             'of transformers': s/t['transformers']} for k, s in t.items()]
+
+
+def overhead(o): table([r for make in (llama, mamba2) for r in row(o, make)], o, 'One direction while generating')
+
+
+WAYS = (' Question: what is the capital of {}? Answer:', 'In {} the capital city is called', '{}: its capital is',
+        'The chief city of {} is', 'The king of {} dwelt in', 'And the elders of {} were gathered in')
+
+
+def coders_of(model):
+    "All shipped coders of whole sites."
+    out = []
+    for b in range(model.n_layers):
+        for site in ('resid_post', 'ssm.out_proj_in'):
+            try: out.append(SAE.load(f'{model.name}/blocks.{b}.{site}'))
+            except ValueError: continue
+    return out
+
+
+def flip(o, name):
+    "The capital of France becomes that of Egypt: three ways to ask are searched on, three are held out."
+    model = load_model(f'tiny://{name}')
+    cairo, paris = (int(model.tokens(w)[0][0, 0]) for w in (' Cairo', ' Paris'))
+    def flipped(logits): return logits[..., cairo] - logits[..., paris]
+    def score(model, prompts): return torch.stack([flipped(model.run(p, last=True).logits[0, -1]) for p in prompts])
+    asked, held = ([w.format('France') for w in ways] for ways in (WAYS[:3], WAYS[3:]))
+    egypt = [w.format('Egypt') for w in WAYS[:3]]
+    states = as_candidates(mean_difference(model, egypt, asked, 'ssm.state', b) for b in model.recurrent())
+    space, text = [*propose(model, asked, flipped, coders_of(model), 24), *states], token_rows(model, None, 64, 256)
+    clean, rows = float(score(model, held).mean()), []
+    for method in ('single', 'random', 'beam'):
+        found = search_plans(model, asked, score, space, text, method, .05, 20 if o.quick else 150, progress=False)
+        with torch.no_grad(), found.plan().on(model): after = float(score(model, held).mean())
+        rows.append({'model': name, 'search': method, 'runs': len(found.trials), 's': found.seconds,
+                     'clean': found.clean, 'score': found.best.score, 'KL': found.best.kl,
+                     'steps': len(found.best.steps), 'held out, clean': clean, 'held out': after})
+    return rows
+
+
+def search(o):
+    rows = [r for name in ('mamba2', 'hybrid', 'rwkv7') for r in flip(o, name)]
+    table(rows, o, 'France to Cairo: difference of logits at a KL of at most .05')
+
+
+def main():
+    parts = {'overhead': overhead, 'search': search}
+    o = options(__doc__, ','.join(parts))
+    for k in o.only.split(','):
+        start = time.perf_counter()
+        parts[k](o)
+        print(f'[{k}: {time.perf_counter() - start:.0f} s]')
+
+
+if __name__ == '__main__': main()
