@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .apart import apart, into_stream, over_experts
 from .edit import patch
-from .exchange import check_ablation, check_positions, instead, means
+from .exchange import check_positions, instead, settled, stand_ins
 from .frozen import frozen_norms
 from .graph import Graph, Node, graph_of, heads_at, shares
 from .hook import HookedModel
@@ -67,8 +67,8 @@ def attribute(
     method: str = 'eap-ig',  # or 'eap'
     steps: int = 5,  # of the integral: inputs k/steps of the way from counterfactual to clean, k = 1 ... steps
     frozen: bool = True,  # hold norms still in the backward pass
-    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, the 'mean', or 'zero'
-    mean: Mapping[str, Tensor] | None = None,  # for 'mean': of `means`; None: of these pairs
+    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, or another of `exchange.ABLATIONS`
+    mean: Mapping[str, Tensor] | None = None,  # of `stand_ins`; None: of these pairs
     by_position: bool = False,  # edges by the position that reads; for prompts of one length
     tokens: int = 2048,  # in a batch: what memory is used for
     progress: bool = True,
@@ -78,13 +78,13 @@ def attribute(
     EAP: Syed et al. 2023; EAP-IG (inputs): Hanna et al. 2024, equal to its reference for transformers.
     Raises ValueError for a graph of another model, an unknown method or ablation, and gradients that are not finite.
     """
-    check_ablation(ablation)
+    pairs, ablation = settled(pairs, ablation)
     graph = graph_of(model, graph)
     if method not in METHODS: raise ValueError(f'got method={method!r}, expected one of {list(METHODS)}')
     if not (isinstance(steps, int) and steps > 0): raise ValueError(f'got steps={steps!r}, expected 1 or more')
     if by_position: check_positions(graph, pairs)
     run = _Attribution(model, graph, metric_of(metric, model, pairs), frozen, ablation, by_position)
-    run.mean = means(model, pairs, run.written) if ablation == 'mean' and mean is None else mean
+    run.mean = stand_ins(model, pairs, run.written, ablation) if mean is None else mean
     alphas, done = [1.] if method == 'eap' else [k/steps for k in range(1, steps + 1)], 0
     size = max(1, tokens//pairs.clean.shape[1])
     with tqdm(total=len(pairs), desc=f'{method} of {len(graph):,} edges', unit='pair', disable=not progress) as bar:

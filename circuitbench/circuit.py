@@ -21,7 +21,7 @@ from .board import CircuitInspector
 from .choose import greedy, largest, pruned
 from .closeup import closeup
 from .exact import exact
-from .exchange import check_ablation, exchanged, means
+from .exchange import exchanged, settled, stand_ins
 from .file import beside
 from .graph import Graph, graph_of, model_graph
 from .hook import HookedModel
@@ -142,14 +142,14 @@ class Circuit:
     def values(self, keep: Tensor, model: HookedModel | None = None, pairs: Pairs | None = None) -> Tensor:
         "The metric of each pair with some edges alone carrying the clean prompt, (n,)."
         model, pairs, measure = self.asked_of(model, pairs)
-        if self.ablation == 'mean' and model not in self._means:
-            self._means[model] = means(model, self.pairs.to(model.device), exchanged(self.graph))
-        mean = self._means.get(model)
+        if model not in self._means:
+            self._means[model] = stand_ins(model, self.pairs.to(model.device), exchanged(self.graph), self.ablation)
+        mean = self._means[model]
         with torch.no_grad(): logits = run_edges(model, pairs, self.graph, keep, self.ablation, mean)
         return measure(logits, pairs).cpu()
 
     @cached_property
-    def _means(self) -> dict[HookedModel, dict[str, Tensor]]:
+    def _means(self) -> dict[HookedModel, dict[str, Tensor] | None]:
         "What stands in for a value, by the model that it was taken of."
         return {}
 
@@ -323,7 +323,7 @@ def extract_circuit(
     method: str | Callable = 'eap-ig',  # or 'eap', 'exact', a function (model, pairs, graph) -> Scores
     steps: int = 5,  # of 'eap-ig'
     frozen: bool = True,  # hold norms still in the backward pass
-    ablation: str = 'patch',  # what the other edges carry: the counterfactual, the 'mean', 'zero'
+    ablation: str = 'patch',  # what the other edges carry: the counterfactual, or another of `exchange.ABLATIONS`
     lags: bool = False,  # ports apart by how far back they look
     by_position: bool = False,  # edges apart by the position that is read; for prompts of one length, by gradients
     share: float = .9,  # of the answer, that the circuit is to carry: the smallest budget that does is kept
@@ -335,12 +335,11 @@ def extract_circuit(
     Warns where the clean run does not favour the target. Raises ValueError for a counterfactual of another length or
     one that does not change the metric, and for unknown choices.
     """
-    check_ablation(ablation)
     if not callable(method) and method not in (*METHODS, 'exact'):
         raise ValueError(f"got method={method!r}, expected {[*METHODS, 'exact']} or a function")
     if by_position and method not in METHODS:
         raise ValueError(f'got method={method!r} with by_position=True, expected one of {[*METHODS]}')
-    pairs = as_pairs(model, prompt, target, corrupt, wrong)
+    pairs, ablation = settled(as_pairs(model, prompt, target, corrupt, wrong), ablation)
     graph = model_graph(model, lags) if graph is None else graph_of(model, graph)
     measure = metric_of(metric, model, pairs)
     clean, empty = ends(model, pairs, measure)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .attribute import Scores
 from .edit import Edit
-from .exchange import check_ablation, exchanged, instead, means
+from .exchange import exchanged, instead, settled, stand_ins
 from .graph import Graph, Node, graph_of
 from .hook import HookedModel
 from .pairs import Metric, Pairs, answers_only, ends, metric_of
@@ -32,7 +32,7 @@ def exact(
     metric: str | Metric = 'logit_diff',
     edges: Sequence[int] | bool = True,  # numbers of edges, all, or none
     nodes: Iterable[str] | bool = True,  # names of nodes, all, or none
-    ablation: str = 'patch',  # or 'mean', 'zero'
+    ablation: str = 'patch',  # or another of `exchange.ABLATIONS`
     tokens: int = 1024,  # in a batch: more do not fit the caches of a CPU
     progress: bool = True,
 ) -> Scores:
@@ -40,10 +40,10 @@ def exact(
 
     Raises ValueError for a graph of another model, or an unknown ablation.
     """
-    check_ablation(ablation)
+    pairs, ablation = settled(pairs, ablation)
     graph = graph_of(model, graph)
     measure, names = metric_of(metric, model, pairs), exchanged(graph)
-    mean = means(model, pairs, names) if ablation == 'mean' else None
+    mean = stand_ins(model, pairs, names, ablation)
     wanted = list(range(len(graph))) if edges is True else [] if edges is False else list(edges)
     chosen = range(len(graph.nodes)) if nodes is True else [] if nodes is False else [graph.index[n] for n in nodes]
     found, by_node = torch.full((len(graph),), torch.nan), torch.full((len(graph.nodes),), torch.nan)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .attribute import Scores, attribute
 from .edit import Edit, add
-from .exchange import check_ablation, exchanged, instead, means
+from .exchange import exchanged, instead, settled, stand_ins
 from .graph import Graph, Node, graph_of, shares
 from .hook import HookedModel
 from .listen import Cache
@@ -44,7 +44,7 @@ class _Runs:
     def __init__(self, model, graph, pairs, metric, ablation, tokens):
         self.model, self.graph, self.pairs, self.metric, self.tokens = model, graph, pairs, metric, tokens
         self.names, self.ablation, self.size, self.runs = exchanged(graph), ablation, None, 0
-        self.mean = means(model, pairs, self.names) if ablation == 'mean' else None
+        self.mean = stand_ins(model, pairs, self.names, ablation)
 
     def _batches(self, copies: int):
         "In halves, once there are too many copies for as many pairs."
@@ -73,7 +73,7 @@ def acdc(
     metric: str | Metric = 'kl',  # or 'logit_diff', 'log_prob', a function
     threshold: float = .01,  # an edge goes where the mean of the metric falls by less
     begin: Tensor | None = None,  # (n_edges,) of bool: the others are exchanged from the start; None: all are there
-    ablation: str = 'patch',  # what the others carry: the counterfactual, the 'mean', 'zero'
+    ablation: str = 'patch',  # what the others carry: the counterfactual's, or another of `exchange.ABLATIONS`
     tokens: int = 8192,  # in a batch, copies counted
     progress: bool = True,
 ) -> Scores:
@@ -81,7 +81,7 @@ def acdc(
 
     Raises ValueError for a graph of another model, another number of edges, and a threshold that is not positive.
     """
-    check_ablation(ablation)
+    pairs, ablation = settled(pairs, ablation)
     _positive(threshold=threshold)
     graph = graph_of(model, graph)
     shown = torch.ones(len(graph), dtype=torch.bool) if begin is None else begin.cpu().clone()
@@ -138,7 +138,7 @@ def learned_masks(
     share: float = .05,  # of the edges that are to stay open
     price: float = .03,  # of an open edge, at most, as a share of what the counterfactual costs
     start: float = .75,  # where all masks begin; deep models want more
-    ablation: str = 'patch',  # what a closed edge carries: the counterfactual, the 'mean', 'zero'
+    ablation: str = 'patch',  # what a closed edge carries: the counterfactual's, or another of `exchange.ABLATIONS`
     tokens: int = 2048,  # in a batch, copies counted
     progress: bool = True,
 ) -> Scores:
@@ -146,7 +146,7 @@ def learned_masks(
 
     After an interrupt the masks as they are. Raises ValueError for a graph of another model, and numbers out of range.
     """
-    check_ablation(ablation)
+    pairs, ablation = settled(pairs, ablation)
     _positive(steps=steps, lr=lr, share=share, price=price, start=start)
     if start >= 1: raise ValueError(f'got start={start}, expected less than 1')
     graph, measure = graph_of(model, graph), metric_of(metric, model, pairs)
@@ -154,7 +154,7 @@ def learned_masks(
     free, span = (~closed).nonzero()[:, 0], max(float((whole - gone).abs().mean()), 1e-6)
     copies = Plan(graph, torch.full((len(graph),), .5)).copies
     with torch.no_grad():
-        mean = means(model, pairs, names) if ablation == 'mean' else None
+        mean = stand_ins(model, pairs, names, ablation)
         batches = [(b, instead(model, b, names, ablation, mean)) for b in pairs.batches(max(1, tokens//copies))]
     aims = whole.split([len(b) for b, _ in batches])
     a = torch.full((len(free),), start).logit().requires_grad_()
@@ -222,7 +222,7 @@ def eap_ig_activations(
     metric: str | Metric = 'logit_diff',  # or 'log_prob', 'kl', a function
     steps: int = 5,  # of the integral: outputs k/steps of the way from counterfactual to clean, k = 1 ... steps
     frozen: bool = True,  # hold norms still in the backward pass
-    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, the 'mean', or 'zero'
+    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, or another of `exchange.ABLATIONS`
     tokens: int = 2048,  # in a batch
     progress: bool = True,
 ) -> Scores:
@@ -231,12 +231,12 @@ def eap_ig_activations(
     Raises ValueError for a graph of another model or with finer parts, and for steps that are not positive.
     """
     _positive(steps=steps)
-    check_ablation(ablation)
+    pairs, ablation = settled(pairs, ablation)
     graph, measure = _plain(graph_of(model, graph)), metric_of(metric, model, pairs)
     groups, done = _together(graph), 0
     sites = _sites(model, graph)
     edges, nodes, clean, corrupt = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), 0., 0.
-    mean = means(model, pairs, sites) if ablation == 'mean' else None
+    mean = stand_ins(model, pairs, sites, ablation)
     options = dict(graph=graph, metric=measure, method='eap', frozen=frozen, ablation=ablation, mean=mean,
                    tokens=10**9, progress=False)
     with tqdm(total=len(pairs), desc=f'{len(groups)} groups, {steps} steps', unit='pair', disable=not progress) as bar:
@@ -349,7 +349,7 @@ def grad_drop(
     metric: str | Metric = 'logit_diff',  # or 'log_prob', 'kl', a function
     plain: bool = False,  # does the gradient without a drop count as a pass too?
     frozen: bool = True,  # hold norms still in the backward pass
-    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, the 'mean', or 'zero'
+    ablation: str = 'patch',  # what stands in for a value: the counterfactual's, or another of `exchange.ABLATIONS`
     progress: bool = True,
 ) -> Scores:
     """GradDrop of AtP* (Kramár et al. 2024): mean magnitude of `eap`, the gradient of each block dropped in turn.
@@ -357,8 +357,8 @@ def grad_drop(
     After an interrupt from the pairs that were done. Raises ValueError for a graph of another model.
     """
     graph, measure, many = graph_of(model, graph), metric_of(metric, model, pairs), model.n_layers
-    check_ablation(ablation)
-    mean = means(model, pairs, _sites(model, graph)) if ablation == 'mean' else None
+    pairs, ablation = settled(pairs, ablation)
+    mean = stand_ins(model, pairs, _sites(model, graph), ablation)
     options = dict(graph=graph, metric=measure, method='eap', frozen=frozen, ablation=ablation, mean=mean,
                    progress=False)
     edges, nodes, clean, corrupt, done = torch.zeros(len(graph)), torch.zeros(len(graph.nodes)), 0., 0., 0

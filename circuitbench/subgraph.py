@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .apart import apart, into_stream, over_experts
 from .edit import Edit
-from .exchange import check_ablation, check_positions, exchanged, instead, means
+from .exchange import check_positions, exchanged, instead, settled, stand_ins
 from .graph import Graph, graph_of, heads_at, shares
 from .hook import HookedModel
 from .pairs import Pairs, answers_only
@@ -198,22 +198,22 @@ def run_edges(
     pairs: Pairs,
     graph: Graph,
     keep: Tensor,  # (n_edges,) or (n_edges, pos) of bool: which edges carry the clean prompt; or of float, how much
-    ablation: str = 'patch',  # what the others carry: the counterfactual, the 'mean', 'zero'
-    mean: dict[str, Tensor] | None = None,  # for 'mean': of `means`; None: of these pairs
+    ablation: str = 'patch',  # what the others carry: the counterfactual, or another of `exchange.ABLATIONS`
+    mean: dict[str, Tensor] | None = None,  # of `stand_ins`; None: of these pairs
     tokens: int = 8192,  # in a batch, copies counted
 ) -> Tensor:
     """Logits at the answers, (n, d_vocab), with some edges carrying the clean prompt and all others something else.
 
     Raises ValueError for a graph of another model, and for as many edges as there are not.
     """
-    check_ablation(ablation)
+    pairs, ablation = settled(pairs, ablation)
     graph_of(model, graph)
     if keep.shape not in ((len(graph),), (len(graph), pairs.clean.shape[1])):
         raise ValueError(f'got {tuple(keep.shape)} edges, expected ({len(graph)},), or ({len(graph)}, '
                          f'{pairs.clean.shape[1]}) by position')
     if keep.dim() == 2: check_positions(graph, pairs)
     plan, names = Plan(graph, keep.cpu()), exchanged(graph)
-    if ablation == 'mean' and mean is None: mean = means(model, pairs, names)
+    if mean is None: mean = stand_ins(model, pairs, names, ablation)
     return torch.cat([run_plan(model, b, plan, instead(model, b, names, ablation, mean))
                       for b in pairs.batches(max(1, tokens//plan.copies))])
 

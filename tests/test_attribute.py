@@ -9,14 +9,15 @@ from test_subgraph import BESIDE, PAIRS, RESTS, Norm, heard, llama_circuit, mamb
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from circuitbench.attribute import attribute, instead, means
+from circuitbench.attribute import attribute
 from circuitbench.edit import patch
 from circuitbench.exact import exact
+from circuitbench.exchange import instead, means
 from circuitbench.frozen import frozen_norms
 from circuitbench.graph import model_graph
 from circuitbench.hook import HookedModel
 from circuitbench.load import load_model
-from circuitbench.pairs import Pairs, as_pairs, ends, likeness, log_prob, logit_diff, metric_of
+from circuitbench.pairs import Pairs, as_pairs, ends, likeness, log_prob, logit_diff, metric_of, resampled
 from circuitbench.site import families
 from circuitbench.subgraph import run_edges
 from circuitbench.task import Prompt, facts
@@ -166,7 +167,7 @@ def slope(circuit, name, h=1e-5):
 
 
 @pytest.mark.parametrize('frozen', [False, True], ids=['plain', 'frozen'])
-@pytest.mark.parametrize('ablation, lags', [('patch', False), ('patch', True), ('mean', False), ('zero', False)])
+@pytest.mark.parametrize('ablation, lags', [('patch', False), ('patch', True), ('mean', False), ('zero', False), ('position-mean', False), ('resample', False)])
 def test_scores_of_mamba2_are_slopes_of_the_equations(mamba2, ablation, lags, frozen):
     "Inner edges, groups of heads and taps included; norms held still at the scales of the clean run, if they are."
     g, other, norm = model_graph(mamba2, lags), others(mamba2.hf, PAIRS, ablation), Norm(still=frozen)
@@ -477,7 +478,7 @@ def test_means_are_over_the_tokens_of_the_prompts(mamba2):
     for names in ([name], [name, name]):
         found = means(mamba2, PAIRS, names)
         assert found[name].shape == (1, 1, 64) and torch.allclose(found[name][0, 0], rows.mean(0), atol=1e-5)
-    assert instead(mamba2, PAIRS, [name], 'mean', found)[name] is found[name] and (instead(mamba2, PAIRS, [name], 'zero')[name] == 0).all()
+    assert torch.equal(instead(mamba2, PAIRS, [name], 'mean', found)[name], found[name]) and (instead(mamba2, PAIRS, [name], 'zero')[name] == 0).all()
     assert torch.equal(instead(mamba2, PAIRS, [name])[name], mamba2.run_with_cache(PAIRS.corrupt, name)[1][name])
 
 
@@ -485,7 +486,7 @@ def test_arguments_that_are_refused(mamba2):
     llama = load_model('mock://llama-tiny')
     for kw, said in ((dict(graph=model_graph(llama)), 'got a graph of mock://llama-tiny, expected one of mock://mamba2-tiny'),
                      (dict(method='acdc'), r"got method='acdc', expected one of \['eap', 'eap-ig'\]"), (dict(steps=0), 'got steps=0, expected 1 or more'),
-                     (dict(steps=2.5), 'got steps=2.5'), (dict(ablation='noise'), r"got ablation='noise', expected one of \['patch', 'mean', 'zero'\]"),
+                     (dict(steps=2.5), 'got steps=2.5'), (dict(ablation='noise'), r"got ablation='noise', expected one of \['patch', 'mean', 'position-mean', 'zero', 'resample'\]"),
                      (dict(metric='loss'), "got metric='loss'"), (dict(by_position=True), 'got prompts of 6 to 9 tokens, expected one length'),
                      (dict(metric=lambda logits, pairs: logits), r'got a metric of shape \(3, 257\), expected \(3,\), a number a pair'),
                      (dict(metric=lambda logits, pairs: logit_diff(logits, pairs).mean()), r'got a metric of shape \(\)'),
@@ -542,6 +543,17 @@ def of(clean=((1, 2), (3, 4)), corrupt=((1, 5), (3, 6)), at=(1, 1), target=(7, 8
 def test_pairs_that_are_refused(kw, said):
     with pytest.raises(ValueError, match=said): of(**kw)
     with pytest.raises(ValueError): Pairs(*(torch.zeros(0, *s, dtype=torch.long) for s in ((2,), (2,), (), (), ())))
+
+
+def test_other_prompts_as_counterfactuals():
+    "Each is another prompt, as long where there is one, else longer."
+    at = torch.tensor([2, 2, 3, 1, 3, 2])
+    some = Pairs(torch.arange(24).view(6, 4), torch.zeros(6, 4, dtype=torch.long), at, torch.arange(6), torch.arange(6) + 9)
+    drawn = {seed: [int(row[0])//4 for row in resampled(some, seed).corrupt] for seed in range(30)}
+    for rows in drawn.values():
+        assert all(j != i for i, j in enumerate(rows)) and rows[2] == 4 and rows[4] == 2 and all(at[j] == 2 for j in (rows[0], rows[1], rows[5]))
+    assert len({rows[3] for rows in drawn.values()}) == 5 and drawn[3] == [int(r[0])//4 for r in resampled(some, 3).corrupt]
+    with pytest.raises(ValueError, match='expected several'): resampled(some[:1])
 
 
 def test_some_pairs():

@@ -8,12 +8,12 @@ import oracle
 import pytest
 import torch
 
-from circuitbench.attribute import instead, means
 from circuitbench.edit import patch
 from circuitbench.exact import exact
+from circuitbench.exchange import instead, means
 from circuitbench.graph import model_graph
 from circuitbench.load import load_model
-from circuitbench.pairs import Pairs, logit_diff
+from circuitbench.pairs import Pairs, logit_diff, resampled
 from circuitbench.site import families
 from circuitbench.subgraph import Plan, run_edges, run_plan, start_of
 
@@ -115,7 +115,7 @@ def test_heads_without_any_edge_in_are_heads_of_the_counterfactual(family, graph
 
 
 @pytest.mark.parametrize('name', ['mamba2', 'hymba', 'zamba2', 'llama'])
-@pytest.mark.parametrize('ablation', ['patch', 'mean', 'zero'])
+@pytest.mark.parametrize('ablation', ['patch', 'mean', 'position-mean', 'zero', 'resample'])
 def test_small_batches_change_nothing(name, ablation):
     model = load_model(f'mock://{name}-tiny')
     g = model_graph(model)
@@ -188,12 +188,14 @@ def mamba2_circuit(hf, ids, other, on, lags, norm=None):
 
 
 def others(hf, pairs, ablation):
-    "What each site is otherwise: on the counterfactual, the mean over the tokens of the clean prompts, 0."
-    sites = oracle.run(hf, (pairs.corrupt if ablation == 'patch' else pairs.clean).numpy())
-    if ablation == 'patch': return sites
+    "What each site is otherwise: on the counterfactual, on another prompt, the mean over the tokens of the clean prompts or over these at a position, 0."
+    ids = {'patch': pairs.corrupt, 'resample': resampled(pairs).corrupt}.get(ablation, pairs.clean)
+    sites = oracle.run(hf, ids.numpy())
+    if ablation in ('patch', 'resample'): return sites
     if ablation == 'zero': return {k: np.zeros_like(v[:1, :1]) for k, v in sites.items()}
     here = np.arange(pairs.clean.shape[1]) <= pairs.at.numpy()[:, None]
-    return {k: v[here].mean(0)[None, None] for k, v in sites.items()}
+    if ablation == 'mean': return {k: v[here].mean(0)[None, None] for k, v in sites.items()}
+    return {k: np.stack([v[here[:, t], t].mean(0) for t in range(v.shape[1])])[None] for k, v in sites.items()}
 
 
 def off_by(model, pairs, g, keep, ablation, truth):
@@ -203,7 +205,7 @@ def off_by(model, pairs, g, keep, ablation, truth):
 
 
 @pytest.mark.parametrize('lags', [False, True], ids=['whole', 'lags'])
-@pytest.mark.parametrize('ablation', ['patch', 'mean', 'zero'])
+@pytest.mark.parametrize('ablation', ['patch', 'mean', 'position-mean', 'zero', 'resample'])
 def test_any_circuit_of_mamba2_is_that_of_the_equations(ablation, lags):
     model = load_model('mock://mamba2-tiny')
     g, other, make, ids = model_graph(model, lags), others(model.hf, PAIRS, ablation), np.random.default_rng(0), PAIRS.clean.numpy()
@@ -607,7 +609,7 @@ def test_errors_and_hooks_that_are_gone():
     with pytest.raises(ValueError, match='got a graph of mock://mamba2-tiny'): exact(load_model('mock://llama-tiny'), PAIRS, g)
     with pytest.raises(ValueError, match=r'got \(3,\) edges, expected \(145,\)'): run_edges(model, PAIRS, g, torch.ones(3, dtype=torch.bool))
     for f in (lambda: run_edges(model, PAIRS, g, all_of(g), 'noise'), lambda: exact(model, PAIRS, g, ablation='noise')):
-        with pytest.raises(ValueError, match=r"got ablation='noise', expected one of \['patch', 'mean', 'zero'\]"): f()
+        with pytest.raises(ValueError, match=r"got ablation='noise', expected one of \['patch', 'mean', 'position-mean', 'zero', 'resample'\]"): f()
     with pytest.raises(ValueError, match="got metric='loss'"): exact(model, PAIRS, g, 'loss')
     def stop(m, args, out): raise RuntimeError('stop')
     handle = model.blocks[1].mixer.register_forward_hook(stop)
