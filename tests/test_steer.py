@@ -208,7 +208,7 @@ def plain(v, **kw): return dict(feature_id=None, sae=None, vector=v) | kw
     (dict(prompt=['a', 'b']), '2 prompts'), (dict(at=99), 'position 99'),
     (dict(at=[-10]), 'position -10'), (dict(max_new_tokens=-1), 'max_new_tokens'),
     (plain(vector(64)), 'no layer'), (plain(torch.zeros(64), layer=1), 'length 0'),
-    (plain(torch.full((64,), math.nan), layer=1), 'length nan'), (plain(vector(9), layer=1), '9 numbers'),
+    (plain(torch.full((64,), math.nan), layer=1), 'not finite'), (plain(vector(9), layer=1), '9 numbers'),
     (plain(vector(9), layer=7), '0 to 1'), (plain(vector(9), site='blocks.*.resid_*', layer=1), 'several'),
     (plain(vector(64), site=SITE, layer=0), 'same layer')])
 def test_bad_input_is_said_in_one_or_two_lines(model, kw, says):
