@@ -117,5 +117,6 @@ def keep_padding_out(
     "Zeroes the output of a projection at padding."
     def _zero(m, args, out):
         mask = here()
-        return out*mask[..., None].to(out) if mask.shape[1] == out.shape[1] else out
+        if mask.shape[1] != out.shape[1]: return out
+        return out*mask.repeat_interleave(len(out)//len(mask), 0)[..., None].to(out)  # beams are neighbours
     hook(linear.register_forward_hook(_zero))

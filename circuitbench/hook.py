@@ -284,7 +284,8 @@ class HookedModel:
                 if seed is not None: torch.manual_seed(seed)
                 mask = ids.new_ones(len(ids), n) if mask is None else mask
                 mask = _mask_of_call(mask, state, past.shape[1])
-                out = torch.cat([past, self.hf.generate(ids, attention_mask=mask, **options)], 1)
+                out = self.hf.generate(ids, attention_mask=mask, **options)
+        out = torch.cat([past.repeat_interleave(len(out)//len(past), 0), out], 1)
         text = [] if self.tokenizer is None else [self.tokenizer.decode(r[n:], skip_special_tokens=True) for r in out]
         strings = [self.strings(r) for r in out] if ear.reads else []
         return Generation(text, out, n, Cache(ear.heard, ear.pos, {}, strings))
