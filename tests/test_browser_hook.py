@@ -5,11 +5,16 @@ from browser import chromium, jupyter_lab, notebook_page, watched_page
 from circuitbench.load import load_model
 
 
+@pytest.fixture(scope='module')
+def browser():
+    with chromium() as b: yield b
+
+
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('site', ['ssm.state', 'ssm.out_proj_in', 'ssm.dt', 'embed', 'logits'])
-def test_a_file_shows_the_site(tmp_path, scheme, site):
+def test_a_file_shows_the_site(browser, tmp_path, scheme, site):
     path = load_model('mock://mamba2-tiny').inspect('Paris is', site=site).to_html(tmp_path/'look.html')
-    with chromium() as browser, watched_page(browser, color_scheme=scheme) as (page, seen):
+    with watched_page(browser, color_scheme=scheme) as (page, seen):
         page.goto(path.as_uri())
         assert page.locator('.tk span').count() == 8 and page.locator('svg').count() >= 1
         assert site in page.inner_text('body')
@@ -17,9 +22,9 @@ def test_a_file_shows_the_site(tmp_path, scheme, site):
 
 
 @pytest.mark.slow
-def test_a_slider_moves_the_state_in_jupyterlab(tmp_path):
+def test_a_slider_moves_the_state_in_jupyterlab(browser, tmp_path):
     code = "from circuitbench.load import load_model\nload_model('mock://mamba2-tiny').inspect('Paris is', site='ssm.state', position=3)"
-    with chromium() as browser, jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, [code]) as (page, seen):
+    with jupyter_lab(tmp_path) as lab, notebook_page(browser, lab, [code]) as (page, seen):
         picture = page.locator('.cbv-live figcaption')
         picture.filter(has_text="after token '3 ").wait_for()
         page.locator('.noUi-handle[aria-valuenow="3.0"]').first.press('ArrowRight')

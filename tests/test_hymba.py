@@ -74,7 +74,7 @@ def test_logits_equal_numpy(case):
     assert gap(pieces(model, ids[None], [11, *[1]*13])[0], want) < 1e-9*np.abs(want).max()
 
 
-@pytest.mark.parametrize('dtype, n, tol', [(torch.float32, 64, 1e-5), (torch.float32, 512, 1e-4), (torch.bfloat16, 64, 2e-2)])
+@pytest.mark.parametrize('dtype, n, tol', [(torch.float32, 64, 1e-5), pytest.param(torch.float32, 512, 1e-4, marks=pytest.mark.slow), (torch.bfloat16, 64, 2e-2)])
 def test_low_precision_stays_near_numpy(dtype, n, tol):
     "In bfloat16 what blocks add is scaled to .3, as trained ones keep it: else rounding the residual stream alone moves logits by 2e-2."
     model, ids = draw(HymbaForCausalLM(small(37)).double()), tokens(n)

@@ -35,6 +35,12 @@ def family(request): return load_model(f'mock://{request.param}-tiny')
 def graph(family, request): return model_graph(family, lags=request.param)
 
 
+@pytest.fixture(scope='module')
+def nodes(family):
+    "Every node's exact score, of the graph without lags."
+    return exact(family, PAIRS, model_graph(family), edges=False, progress=False).nodes
+
+
 @torch.no_grad()
 def plain(model, ids): return model.hf(ids, use_cache=False).logits[torch.arange(3), PAIRS.at]
 
@@ -73,10 +79,9 @@ def test_masks_in_float(family, graph):
     assert not near(want, plain(family, PAIRS.clean), 1e-3)
 
 
-def test_a_writer_without_any_edge_is_a_writer_exchanged(family):
+def test_a_writer_without_any_edge_is_a_writer_exchanged(family, nodes):
     "Nodes are exchanged at their own sites; without its edges a head, an MLP or the embedding is heard by nobody."
     g = model_graph(family)
-    nodes = exact(family, PAIRS, g, edges=False, progress=False).nodes
     base = float(logit_diff(plain(family, PAIRS.clean), PAIRS).mean())
     writers = g.writers[family.adapter.family in BESIDE:]
     for k in writers[::max(1, len(writers)//5)]:
@@ -85,12 +90,11 @@ def test_a_writer_without_any_edge_is_a_writer_exchanged(family):
     assert torch.isnan(nodes).nonzero()[:, 0].tolist() == [len(g.nodes) - 1]
 
 
-def test_a_port_without_its_edges_is_a_port_exchanged(family):
+def test_a_port_without_its_edges_is_a_port_exchanged(family, nodes):
     "Cut off from the stream before it, and cut off from the heads behind it."
     g = model_graph(family)
     ports = [k for k, n in enumerate(g.nodes) if n.kind == 'port']
     if not ports: return
-    nodes = exact(family, PAIRS, g, edges=False, progress=False).nodes
     base = float(logit_diff(plain(family, PAIRS.clean), PAIRS).mean())
     for k in dict.fromkeys([*ports[::max(1, len(ports)//6)], *(k for k in ports if g.nodes[k].port == 'rest')]):
         first_values = family.adapter.family == 'rwkv7' and g.nodes[k].port == 'x' and g.nodes[k].block > 0     # which come beside the stream
@@ -336,7 +340,10 @@ def test_one_edge_by_hand(mamba2, port, writer):
 
 
 @pytest.fixture(scope='module')
-def lagged(mamba2): return model_graph(mamba2, lags=True)
+def lagged(mamba2):
+    "The graph by lag and every node's exact score."
+    g = model_graph(mamba2, lags=True)
+    return g, exact(mamba2, PAIRS, g, edges=False, progress=False).nodes
 
 
 @pytest.mark.parametrize('lag', range(4))
@@ -357,11 +364,10 @@ def test_one_lag_by_hand(mamba2, lagged, port, lag, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(sys.modules[type(hf).__module__], 'causal_conv1d_fn', convolved)
         want = plain(mamba2, PAIRS.clean)
-    g = lagged
-    keep = g.edges[:, 1] != g.index[f'1.ssm.{port}@{lag}']
+    (g, nodes), name = lagged, f'1.ssm.{port}@{lag}'
+    keep = g.edges[:, 1] != g.index[name]
     assert (~keep).sum() == 5 and near(run_edges(mamba2, PAIRS, g, keep), want) and not near(want, plain(mamba2, PAIRS.clean), 1e-5)
-    found = exact(mamba2, PAIRS, g, edges=False, progress=False).nodes[g.index[f'1.ssm.{port}@{lag}']]
-    assert float(found) == pytest.approx(float((logit_diff(plain(mamba2, PAIRS.clean), PAIRS) - logit_diff(want, PAIRS)).mean()), abs=1e-5)
+    assert float(nodes[g.index[name]]) == pytest.approx(float((logit_diff(plain(mamba2, PAIRS.clean), PAIRS) - logit_diff(want, PAIRS)).mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize('ablation', ['patch', 'zero', 'mean'])
