@@ -1,5 +1,5 @@
 """Steering: what a direction costs while text is generated, beside steering-vectors and repeng; beam search beside
-random search and the best single direction.
+random search and the best single direction; three behaviours with their random controls.
 
     python bench/steer.py                      # everything
     python bench/steer.py --only overhead      # with steering-vectors and repeng where they are installed
@@ -14,12 +14,15 @@ from timing import alternate, options, table
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from circuitbench.direction import Direction, mean_difference
+from circuitbench.effect import measure
 from circuitbench.hook import HookedModel
 from circuitbench.interventions import plan, push, write
 from circuitbench.load import load_model
 from circuitbench.plan_search import as_candidates, propose, search_plans
 from circuitbench.sae import SAE
+from circuitbench.scores import keywords, log_prob, prefers
 from circuitbench.stream import token_rows
+from circuitbench.task import indirect_object
 
 SMALL = dict(vocab_size=4096, pad_token_id=0, bos_token_id=1, eos_token_id=None)
 
@@ -119,8 +122,45 @@ def search(o):
     table(rows, o, 'France to Cairo: difference of logits at a KL of at most .05')
 
 
+OPENINGS = (' And the', ' And it came to pass that the', ' Then said the', ' In those days the', ' Behold, the',
+            ' And all the', ' Now the', ' And when the', ' And they brought it unto the', ' For the',
+            ' And he spake unto the', ' So the')
+KINGS = ('And the king sat upon his throne and reigned', 'The king and the princes of his kingdom came',
+         'And he reigned as king over all the kingdom', 'The king commanded his servants')
+OTHERS = ('And the shepherd sat upon the ground and slept', 'The men and the women of the village came',
+          'And he walked as a stranger over all the land', 'The woman asked her neighbours')
+
+
+def behaviours(o):
+    "A fact flipped, a name swapped, a theme raised: searched on some prompts, measured on others."
+    rows = []
+    for name in ('mamba2', 'hybrid', 'rwkv7'):
+        model = load_model(f'tiny://{name}')
+        known = indirect_object(5000, 'train')
+        esther, ruth = ([p.text for p in known if p.target == n][:24] for n in (' Esther', ' Ruth'))
+        held = [p.text for p in indirect_object(500, 'held') if p.target == ' Esther']
+        france, egypt = ([w.format(c) for w in WAYS] for c in ('France', 'Egypt'))
+        tasks = {'fact flipped': (egypt[:3], france[:3], france[3:], prefers(' Cairo', ' Paris')),
+                 'name swapped': (ruth, esther, held, prefers(' Ruth', ' Esther')),
+                 'theme raised': (KINGS, OTHERS, OPENINGS[6:], keywords(('king', 'kings', 'kingdom', 'throne'), 16))}
+        for task, (wanted, now, others, score) in tasks.items():
+            asked, aim = (OPENINGS[:6], log_prob(' king')) if task == 'theme raised' else (now[:8], score)
+            places = [('resid_post', b) for b in range(model.n_layers)] + [('ssm.state', b) for b in model.recurrent()]
+            space = as_candidates(mean_difference(model, wanted, now, site, b) for site, b in places)
+            text, runs, draws = token_rows(model, None, 64, 1024), *((8, 2) if o.quick else (60, 8))
+            found = search_plans(model, asked, aim, space, text[:4], 'beam', .1, runs, depth=2, progress=False)
+            e = measure(model, found.plan(), others, score, text, draws, progress=False)
+            control = [c.score.value for c in e.controls]
+            rows.append({'model': name, 'behaviour': task, 'prompts': len(others), 'clean': e.clean.score.value,
+                         'steered': e.steered.score.value, 'random': sum(control)/max(1, len(control)),
+                         'best random': max(control, default=float('nan')), 'success': e.steered.success,
+                         'KL': e.steered.kl, 'ppl ratio': e.steered.ratio, 'steps': len(found.best.steps)})
+            print(rows[-1], found.best.steps, [s.site for s in found.plan().steps], flush=True)
+    table(rows, o, 'Three behaviours, on prompts that were not searched on')
+
+
 def main():
-    parts = {'overhead': overhead, 'search': search}
+    parts = {'overhead': overhead, 'search': search, 'behaviours': behaviours}
     o = options(__doc__, ','.join(parts))
     for k in o.only.split(','):
         start = time.perf_counter()
