@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .direction import Direction, latent_direction
 from .hook import HookedModel
 from .interventions import Interventions, Step, push, write
+from .scores import NeutralText, nats, scored
 from .stream import heard
 
 # %% ../nbs/76_plan_search.ipynb #candidates
@@ -125,7 +126,7 @@ class _Spent(Exception): pass
 class _Judge:
     "Runs plans, as many as the budget allows; keeps what it has run."
     def __init__(self, model, prompts, score, candidates, text, most, budget, seconds, checkpoint, method, progress):
-        self.model, self.prompts, self.score, self.text, self.most = model, list(prompts), score, text, most
+        self.model, self.prompts, self.score, self.most = model, list(prompts), score, most
         self.candidates, self.method = tuple(as_candidates(candidates)), method
         self.budget, self.seconds = budget, seconds
         if not self.candidates: raise ValueError('got no candidates, expected some directions')
@@ -135,20 +136,11 @@ class _Judge:
         for c in self.candidates: c.direction.check(model)
         self.start, self.trials, self.known, self.note = time.perf_counter(), [], {}, ''
         self.bar = tqdm(total=budget, desc=method, unit='run', disable=not progress)
-        with torch.no_grad():
-            self.length = text.shape[1]//2                                 # where a row's prompt is said to end
-            self.before = self._after()
-            self.clean = self._score()
+        self.text, self.clean = NeutralText(model, text), self._score()
         self.file = None if checkpoint is None else Path(checkpoint)
         self._resume()
 
-    def _after(self) -> Tensor: return self.model.run(self.text).logits[:, self.length - 1:].log_softmax(-1)
-
-    def _score(self) -> float:
-        v = self.score(self.model, self.prompts)
-        n = len(self.prompts)
-        if v.shape != (n,): raise ValueError(f'got a score of shape {tuple(v.shape)}, expected ({n},)')
-        return float(v.double().mean())
+    def _score(self) -> float: return float(scored(self.score, self.model, self.prompts).mean())
 
     def _resume(self):
         "Reads what an interrupted search ran; ValueError for the file of another search."
@@ -169,9 +161,8 @@ class _Judge:
         if len(self.trials) >= self.budget or time.perf_counter() - self.start > self.seconds: raise _Spent
         if steps not in self.known:
             plan = Interventions(tuple(self.candidates[k].step(s) for k, s in steps))
-            with plan.on(self.model, self.length): after = self._after()
             with plan.on(self.model): score = self._score()
-            kl = float((self.before.exp()*(self.before - after)).sum(-1).double().mean())
+            kl = nats(self.text.cost(lambda ids, length: plan.on(self.model, length)))
             self.known[steps] = score, kl
             if self.file is not None:
                 with self.file.open('a', encoding='utf-8') as f: f.write(json.dumps([steps, score, kl]) + '\n')
