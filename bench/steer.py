@@ -1,5 +1,5 @@
 """Steering: what a direction costs while text is generated, beside steering-vectors and repeng; beam search beside
-random search and the best single direction; three behaviours with their random controls.
+random search and the best single direction; three behaviours with their random controls; concepts taken out.
 
     python bench/steer.py                      # everything
     python bench/steer.py --only overhead      # with steering-vectors and repeng where they are installed
@@ -19,10 +19,11 @@ from circuitbench.hook import HookedModel
 from circuitbench.interventions import plan, push, write
 from circuitbench.load import load_model
 from circuitbench.plan_search import as_candidates, propose, search_plans
+from circuitbench.removal import find_removals, removed
 from circuitbench.sae import SAE
 from circuitbench.scores import keywords, log_prob, prefers
-from circuitbench.stream import token_rows
-from circuitbench.task import indirect_object
+from circuitbench.stream import shipped_text, token_rows
+from circuitbench.task import Prompt, facts, indirect_object
 
 SMALL = dict(vocab_size=4096, pad_token_id=0, bos_token_id=1, eos_token_id=None)
 
@@ -159,8 +160,39 @@ def behaviours(o):
     table(rows, o, 'Three behaviours, on prompts that were not searched on')
 
 
+SORROW = (' wept', ' weep', ' mourn', ' sorrow', ' grief', ' tears', ' mourning', ' weeping', ' lament')
+JOY = (' joy', ' rejoice', ' rejoiced', ' glad', ' gladness', ' sing', ' praise', ' laugh', ' sang')
+
+
+def said(model, split, words, n=60):
+    "Places of the text where one of some words comes next, the 24 tokens before it as the prompt."
+    ids = token_rows(model, shipped_text(split), 64, 400_000)
+    known = [int(t[0, 0]) for t in (model.tokens(w)[0] for w in words) if t.shape[1] == 1]
+    places = torch.isin(ids[:, 24:], torch.tensor(known)).nonzero().tolist()[:n]
+    word = model.tokenizer.decode
+    return [Prompt(word(ids[r, t:t + 24]), word(ids[r, t + 24:t + 25]), '', '', 'contrast') for r, t in places]
+
+
+def removal(o):
+    "One direction ablated: a fact among other facts, words of sorrow among words of joy; on prompts not looked at."
+    model, rows = load_model('tiny://mamba2'), []
+    text, n = token_rows(model, None, 128, 1024), 8 if o.quick else 60
+    sets = [[[p for p in facts(split) if (p.target == ' Cairo') is own] for own in (True, False)]
+            for split in ('train', 'held')]
+    fact = [[a[:n], b[::max(1, len(b)//n)]] for a, b in sets]
+    mood = [[said(model, split, words, n) for words in (SORROW, JOY)] for split in ('train', 'held')]
+    for name, ((a, b), (c, d)) in {'the capital of Egypt': fact, 'sorrow, against joy': mood}.items():
+        best = find_removals(model, a, b, text, progress=False)[0]
+        r = removed(model, best.plan, c, d, text)
+        rows.append({'concept': name, 'taken out at': best.direction.site, 'prompts': f'{len(c)}, {len(d)}',
+                     'concept, nats': '{:.2f} to {:.2f}'.format(*r.concept),
+                     'neighbours': '{:.2f} to {:.2f}'.format(*r.neighbours),
+                     'of them right': '{:.0%} to {:.0%}'.format(*r.right), 'loss': '{:.3f} to {:.3f}'.format(*r.loss)})
+    table(rows, o, 'A concept taken out of tiny://mamba2')
+
+
 def main():
-    parts = {'overhead': overhead, 'search': search, 'behaviours': behaviours}
+    parts = {'overhead': overhead, 'search': search, 'behaviours': behaviours, 'removal': removal}
     o = options(__doc__, ','.join(parts))
     for k in o.only.split(','):
         start = time.perf_counter()
