@@ -80,7 +80,7 @@ def test_the_slider_paints_the_states(browser, film, address, scheme):
             assert painted(page, film, 1, t, 2, dark) and f'step {t} of 19' in page.inner_text('.now')
             assert page.locator('.tk .mk').count() == 1 and page.locator('.tk span').nth(t).get_attribute('class') == 'mk'
         page.locator('.layer').select_option('0')
-        page.wait_for_function("document.querySelector('.a').textContent.includes('layer 0')")
+        page.wait_for_function("() => document.querySelector('.a').textContent.includes('layer 0')")
         assert painted(page, film, 0, 0, 2, dark) and not page.locator('.map').is_visible()
         assert 'No patches of layer 0, but of 1' in page.inner_text('.patches')
         assert seen.errors == [] and seen.requests == [address]

@@ -197,7 +197,7 @@ def test_the_page_reads_in_both_themes_and_widths(browser, whole_page, scheme, w
         assert len(ratios) > 500 and not [r for r in ratios if r[0] < 4.5]
         page.locator('.row').nth(2).click()
         if width < 820:
-            page.wait_for_function("document.querySelector('h3').getBoundingClientRect().top < 40")
+            page.wait_for_function("() => document.querySelector('h3').getBoundingClientRect().top < 40")
             page.get_by_role('button', name='List').click()
         page.locator('#theme').click()
         assert not [r for r in page.evaluate(CONTRAST) if r[0] < 4.5] and seen.errors == []
