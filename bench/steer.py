@@ -76,12 +76,14 @@ def row(o, make):
         with on(): return call()
     for k, p in plans.items(): calls[k] = partial(under, partial(p.on, model), calls['unsteered'])
     for k, on in (peers(hf, v, layer) if make is llama else {}).items(): calls[k] = partial(under, on, bare)
-    with torch.no_grad(): t = alternate(calls, o.seconds, 5)
+    with torch.no_grad(): t = alternate(calls, o.seconds, 5, time.process_time)
     return [{'model': model.name, 'generation': k, 'ms a token': s/n*1e3, 'of unsteered': s/t['unsteered'],
              'of transformers': s/t['transformers']} for k, s in t.items()]
 
 
-def overhead(o): table([r for make in (llama, mamba2) for r in row(o, make)], o, 'One direction while generating')
+def overhead(o):
+    rows = [r for make in (llama, mamba2) for r in row(o, make)]
+    table(rows, o, 'One direction while generating, processor time')
 
 
 WAYS = (' Question: what is the capital of {}? Answer:', 'In {} the capital city is called', '{}: its capital is',

@@ -20,7 +20,8 @@ from .graph import Graph, Node, graph_of, shares
 from .hook import HookedModel
 from .listen import Cache
 from .pairs import Metric, Pairs, ends, metric_of
-from .subgraph import Plan, run_plan, start_of
+from .plan import Plan
+from .subgraph import run_plan, start_of
 
 # %% ../nbs/66_search.ipynb #acdc
 def _plain(graph: Graph) -> Graph:

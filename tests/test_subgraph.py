@@ -14,8 +14,9 @@ from circuitbench.exchange import instead, means
 from circuitbench.graph import model_graph
 from circuitbench.load import load_model
 from circuitbench.pairs import Pairs, logit_diff, resampled
+from circuitbench.plan import Plan
 from circuitbench.site import families
-from circuitbench.subgraph import Plan, run_edges, run_plan, start_of
+from circuitbench.subgraph import run_edges, run_plan, start_of
 
 
 def some_pairs(n=3, pos=9, seed=3):
