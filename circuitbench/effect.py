@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from .interventions import Interventions, Step, Token
 from .judge import Interval, bootstrap
 from .scores import (  # noqa: F401
     NeutralText, Outcome, Score, by_length, judged, keywords, log_prob, outcome_table, prefers, prompt_rows, scored)
+from .step import finite
 from .view import save_page
 
 _all_ = ['Score', 'judged', 'keywords', 'log_prob', 'prefers']
@@ -221,10 +221,10 @@ def calibrate(
     progress: bool = True,
 ) -> Calibration:
     "Finds the largest strength whose perplexity ratio on a text stays within a limit; an interrupt keeps the trials."
-    if not _real('ratio', ratio) > 1: raise ValueError(f'got ratio={ratio}, expected more than 1')
-    if not 0 < _real('tolerance', tolerance) < 1: raise ValueError(f'got tolerance={tolerance}, expected 0 to 1')
-    if _real('low', low) < 0: raise ValueError(f'got low={low}, expected 0 or more; let make turn the sign')
-    if high is not None and _real('high', high) <= low: raise ValueError(f'got high={high}, expected more than {low}')
+    if not finite('ratio', ratio) > 1: raise ValueError(f'got ratio={ratio}, expected more than 1')
+    if not 0 < finite('tolerance', tolerance) < 1: raise ValueError(f'got tolerance={tolerance}, expected 0 to 1')
+    if finite('low', low) < 0: raise ValueError(f'got low={low}, expected 0 or more; let make turn the sign')
+    if high is not None and finite('high', high) <= low: raise ValueError(f'got high={high}, expected more than {low}')
     bench, trials, notes = _Bench(model, prompts, score, text), {}, []
     bar = tqdm(desc='calibrate', unit='strength', disable=not progress)
     def _inside(s):
@@ -255,11 +255,6 @@ def _within(trials: dict[float, Outcome], low: float, ratio: float) -> float:
     "The largest strength tried below which all are within."
     outside = min((s for s, t in trials.items() if not t.ratio.value <= ratio), default=math.inf)
     return max((s for s in trials if s < outside), default=low)
-
-def _real(name: str, v) -> float:
-    if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v):
-        raise ValueError(f'got {name}={v!r}, expected a finite number')
-    return float(v)
 
 # %% ../nbs/76_effect.ipynb #dose
 @dataclass(frozen=True, eq=False)
@@ -316,7 +311,7 @@ def dose_response(
     prompts, score: Callable[[HookedModel, Sequence], Tensor], text=None, progress: bool = True,  # as for `calibrate`
 ) -> DoseResponse:
     "What a plan does and costs at each strength; an interrupt keeps those that are done."
-    strengths = sorted({_real('strength', s) for s in strengths})
+    strengths = sorted({finite('strength', s) for s in strengths})
     if not strengths: raise ValueError('got no strengths, expected one or more')
     bench, done, note = _Bench(model, prompts, score, text), [], ''
     clean = bench.outcome('clean')

@@ -135,10 +135,14 @@ class _Run:
             return x if self.copies == 1 and main is x else torch.cat([main, x[self.b:]])
         return _note
 
+    def _copies(self, mine: list[int]) -> list[int]:
+        "The copy that has the stream of each of some readers."
+        plan = self.plan
+        return [0 if plan.of[w] is None else plan.at[self.nodes[w].reads][plan.of[w]] for w in mine]
+
     def _latents(self, x: Tensor, mine: list[int]) -> Tensor:
         "Each latent of a site as it is on its own stream; what they come to is in all copies."
-        n, plan = self.nodes[mine[0]], self.plan
-        copies = [0 if plan.of[w] is None else plan.at[n.reads][plan.of[w]] for w in mine]
+        n, plan, copies = self.nodes[mine[0]], self.plan, self._copies(mine)
         made = {c: apart(plan.graph, n, x[self.rows(c)]) for c in dict.fromkeys(copies)}
         parts = torch.stack([made[c][i] for i, c in enumerate(copies)])
         gone = apart(plan.graph, n, self.other[n.site].expand_as(x[:self.b]).to(x))
@@ -148,8 +152,7 @@ class _Run:
 
     def _experts(self, x: Tensor, mine: list[int]) -> Tensor:
         "Each expert as it is on its own stream; what a block adds beside its experts, as it is on its own."
-        n, plan = self.nodes[mine[0]], self.plan
-        copies = [0 if plan.of[w] is None else plan.at[n.reads][plan.of[w]] for w in mine]
+        n, copies = self.nodes[mine[0]], self._copies(mine)
         main, other = x[:self.b].clone(), self.other[n.site].expand_as(x[:self.b]).to(x)
         if n.heads is None:                                                # each copy has its own experts in it
             of = n.site.replace('mlp_out', 'mlp.experts')
