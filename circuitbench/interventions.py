@@ -204,7 +204,11 @@ class _Act:
         self.tokens &= real & self.rows[:, None]
         self.gate = None if step.when is None else _Gate(step.when, real)
         change = _change(step)
+        whole = bool(self.rows.all()) and self.gate is None
         def _put(x, where):
+            if whole and where.pos[0] >= n and all(self._later(p) == 1 for p in where.pos):   # most of generating
+                self.done = True
+                return change(x, where)
             share = self.share(where.pos, len(x))
             if self.gate: share = share*self.gate.at(where.pos)
             if not share.any(): return x

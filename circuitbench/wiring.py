@@ -60,7 +60,8 @@ def listening(
         hook(embed.register_forward_pre_hook(lambda m, args: ear.forward(args[0].shape[1])))
         if grad: hook(embed.register_forward_hook(lambda m, args, out: out.detach().requires_grad_()))
         goes_on = ear.length > 0                               # from a state, which only ours does in every family
-        swaps = bool(inside) or goes_on or _swaps(model, backend)
+        recurs = any('ssm' in p for p in model.points)
+        swaps = bool(inside) or goes_on or recurs and _swaps(model, backend)
         if swaps: stack.enter_context(swapped(model.module, model.adapter.functions, now))
         if swaps and mask is not None: _hook_padding(model, ear, mask, hook)
         branch = ear.branch() if rows > 1 and mask is None else None
