@@ -74,7 +74,7 @@ def test_nothing_is_loaded_or_run_that_could_be_code():
 def test_the_export_is_in_sync(tmp_path):
     from nbdev.export import nb_export
     for path in NOTEBOOKS:
-        if not re.match(r'\d', path.name): continue
+        if not re.match(r'\d', path.name) or path.parent != ROOT/'nbs': continue
         name = next(m[1] for _, s, _ in cells(path) if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', s, re.M)))
         nb_export(path, lib_path=tmp_path)
         made, kept = tmp_path/f"{name.replace('.', '/')}.py", ROOT/'circuitbench'/f"{name.replace('.', '/')}.py"
