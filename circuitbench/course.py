@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'TEACHER', 'YOURS', 'read_unit', 'write_unit', 'is_solution', 'is_check', 'is_teachers', 'Exercise',
-           'exercises', 'cleared', 'student_version', 'marked', 'mark', 'Wrong', 'Said', 'check', 'values', 'asked',
-           'same', 'judge', 'units', 'write_course', 'main']
+           'exercises', 'cleared', 'student_version', 'marked', 'mark', 'slides', 'Wrong', 'Said', 'check', 'values',
+           'asked', 'same', 'judge', 'units', 'write_course', 'main']
 
 # %% ../nbs/81_course.ipynb #imports
 import argparse
@@ -29,6 +29,7 @@ from IPython.display import display
 
 from .draw import esc
 from .file import beside
+from .slides import slide_page
 
 # %% ../nbs/81_course.ipynb #exercises
 BEGIN, END, TEACHER = '### BEGIN SOLUTION', '### END SOLUTION', '<!-- teacher -->'
@@ -148,6 +149,21 @@ def _graded(grade_id: str, **yes) -> dict:
 def mark(path: str | Path) -> Path:
     "Marks a unit in place."
     return write_unit(path, marked(read_unit(path)))
+
+# %% ../nbs/81_course.ipynb #slides
+def slides(
+    path: str | Path,  # the teacher's notebook
+    out: str | Path,  # .html, written beside and renamed
+) -> Path:
+    "Writes a unit as one self-contained slide page, exercises without their solutions."
+    nb = read_unit(path)
+    stubs, nb = {e.solution: e.stub for e in exercises(nb)}, marked(nb)
+    for c in nb['cells']:
+        if c['source'] in stubs: c['source'], c['outputs'] = stubs[c['source']], []
+    heads = [m[1] for c in nb['cells'] if (m := re.match(r'# (.+)', c['source'])) and c['cell_type'] == 'markdown']
+    text = slide_page(heads[0] if heads else Path(path).stem, nb['cells'])
+    with beside(out) as new: new.write_text(text, encoding='utf-8')
+    return Path(out)
 
 # %% ../nbs/81_course.ipynb #Said
 class Wrong(Exception):
@@ -270,6 +286,7 @@ def write_course(
         raise ValueError(f'got {out}, the folder of the units themselves; expected another one')
     out.mkdir(parents=True, exist_ok=True)
     made = [student_version(p, out/p.name) for p in found]
+    if with_slides: made += [slides(p, out/f'{p.stem}.html') for p in found]
     return made
 
 def main(argv: list[str] | None = None) -> int:
