@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
-from pkgutil import iter_modules
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -24,12 +23,11 @@ from transformers.utils import cached_file, logging
 
 from .hook import HookedModel
 from .layout import from_mamba_ssm, from_pth, is_mamba_ssm, read_archive
-from .models import __path__ as _ADAPTERS
 from .site import adapter_for, families
 from .world import FILE as WORLD
 from .world import world_tokenizer
 
-for _m in iter_modules(_ADAPTERS): import_module(f'circuitbench.models.{_m.name}')        # each registers its adapter
+families()                    # registers them with transformers' Auto classes too
 TINY = Path(__file__).parent/'tiny' if '__file__' in globals() else Path('../circuitbench/tiny')
 
 # %% ../nbs/31_load.ipynb #byte-tokenizer

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from importlib import import_module
 from inspect import signature
 from types import MappingProxyType, ModuleType
 
@@ -291,14 +292,16 @@ def register(adapter: Adapter) -> Adapter:
     return adapter
 
 def families() -> dict[str, Adapter]:
-    "All registered adapters by family, in alphabetical order."
+    "All registered adapters by family, in alphabetical order; the package's own are imported here."
+    import_module('circuitbench.models')
     return dict(sorted(_REGISTRY.items()))
 
 def adapter_for(model_type: str) -> Adapter:
     "The adapter of a transformers model type; ValueError with the nearest, and the way to add one."
-    for a in _REGISTRY.values():
+    adapters = families().values()
+    for a in adapters:
         if model_type in a.model_types: return a
-    known = sorted(t for a in _REGISTRY.values() for t in a.model_types)
+    known = sorted(t for a in adapters for t in a.model_types)
     near = get_close_matches(model_type, known, 3, .5)
     raise ValueError(f'got a model of type {model_type!r}, expected one of {known}'
                      + (f'; nearest: {", ".join(near)}' if near else '') + '; a family is added by one table, '

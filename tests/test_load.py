@@ -188,7 +188,7 @@ def test_a_pickle_that_is_no_archive_of_tensors_is_refused(tmp_path, name):
 
 
 def test_another_transformers_is_refused_with_words():
-    code = "import transformers; transformers.__version__ = '4.57.1'; import circuitbench"
+    code = "import transformers; transformers.__version__ = '4.57.1'; from circuitbench import load_model"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert "got transformers 4.57.1, expected >=5.23,<6" in out.stderr.splitlines()[-1]
 
