@@ -46,8 +46,8 @@ def read_state(
         with safe_open(path, 'pt') as f:
             meta = f.metadata() or {}
             if meta.get('format') != _FORMAT: raise ValueError('it holds no training')
-            leaves = {n: f.get_tensor(n).clone() for n in f.keys()} | json.loads(meta['rest'])
-    except (OSError, ValueError, KeyError, SafetensorError) as err:
+            leaves = {n: f.get_tensor(n).clone() for n in f.keys()} | dict(json.loads(meta['rest']))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
         raise ValueError(f'got {path}, which cannot be read ({err}); expected the checkpoint of a training; give '
                          'another path, or remove it to begin anew') from err
     state = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .coder import Metrics
 from .edit import Edits, patch, splice, zero
-from .file import beside
+from .file import beside, typed
 from .hook import HookedModel
 from .sae import SAE
 from .site import PER_STEP, short
@@ -49,7 +49,7 @@ class Result:
     def load(cls, path: str | Path) -> 'Result':
         "Reads what `save` wrote; ValueError for anything else."
         try:
-            out = _remade(json.loads(Path(path).read_text(encoding='utf-8')))
+            out = typed(_remade(json.loads(Path(path).read_text(encoding='utf-8'))))
             if not isinstance(out, cls): raise ValueError(f'it holds a {type(out).__name__}')
             return out
         except (ValueError, TypeError, KeyError) as err:

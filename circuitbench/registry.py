@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
 
-from .file import beside
+from .file import beside, typed
 
 # %% ../nbs/38_registry.ipynb #ids
 CFG, WEIGHTS, SPARSITY = 'cfg.json', 'sae_weights.safetensors', 'sparsity.safetensors'
@@ -220,7 +220,7 @@ def _described(name: str, where: str, cfg_file: Path, revision: str | None = Non
 
 def _entry(file: Path) -> Release:
     "A registered release; one that says so where its file is damaged."
-    try: return Release(**json.loads(file.read_text(encoding='utf-8')))
+    try: return typed(Release(**json.loads(file.read_text(encoding='utf-8'))))
     except (OSError, ValueError, TypeError): return Release(file.stem, '', note=f'damaged: {file}')
 
 def _unknown(name: str) -> str:

@@ -170,9 +170,10 @@ class LatentReport:
     @classmethod
     def load(cls, path: str | Path) -> 'LatentReport':
         "Reads what `save` wrote; ValueError for anything else."
-        report = read_record(path, cls, _FORMAT, **_PAIRS)
-        own = {name: {int(k): v for k, v in getattr(report, name).items()} for name in ('strings', 'labels', 'scores')}
-        return replace(report, **own | {'scores': {k: tuple(v) for k, v in own['scores'].items()}})
+        def _numbered(r):
+            own = {name: {int(k): v for k, v in getattr(r, name).items()} for name in ('strings', 'labels', 'scores')}
+            return replace(r, **own | {'scores': {k: tuple(v) for k, v in own['scores'].items()}})
+        return read_record(path, cls, _FORMAT, _numbered, **_PAIRS)
 
     def __repr__(self):
         where = f'{self.site} in {self.model} on {self.tokens:,} tokens'

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .file import beside
+from .file import beside, typed
 from .hook import HookedModel
 from .shuffle import Batches, Part, as_part, drawn, filled, grouped
 from .site import SiteError, resolve
@@ -199,7 +199,7 @@ def _manifest(folder: Path) -> ActivationStore:
         if note.get('format') != _FORMAT: raise ValueError(f'{_NOTE} says nothing of activations')
         tensors = {k: (tuple(v['shape']), v['dtype']) for k, v in note['tensors'].items()}
         shards = tuple(Shard(**s) for s in note['shards'])
-        return ActivationStore(folder, note['about'], tensors, shards, note['complete'])
+        return typed(ActivationStore(folder, note['about'], tensors, shards, note['complete']))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
         raise ValueError(f'got {folder}, which cannot be read ({err}); expected a folder of collect') from err
 

@@ -91,8 +91,8 @@ class AgentReport:
     @classmethod
     def load(cls, path: str | Path) -> 'AgentReport':
         "Reads what `save` wrote; ValueError for anything else."
-        r = read_record(path, cls, _FORMAT)
-        return replace(r, strings=tuple({int(k): v for k, v in s.items()} for s in r.strings))
+        def _numbered(r): return replace(r, strings=tuple({int(k): v for k, v in s.items()} for s in r.strings))
+        return read_record(path, cls, _FORMAT, _numbered)
 
     def __repr__(self):
         n, live, wide = self.count(), max(1, int(self.live.sum())), max(map(len, self.agents)) + 7

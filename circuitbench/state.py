@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .file import beside
+from .file import beside, typed
 
 # %% ../nbs/08_state.ipynb #State
 PARTS = 'ssm', 'conv', 'attn'
@@ -119,14 +119,17 @@ class State:
                 v = {k: f.get_tensor(k) for k in f.keys()}                # noqa: SIM118, no mapping
         except FileNotFoundError: raise
         except Exception as err: raise ValueError(f'got {path}, which is no safetensors file ({err})') from None
-        if note.get('kind') != 'state': raise ValueError(f'got {path}, expected a file that State.save wrote')
-        found = {part: {} for part in PARTS}
-        for name in sorted(v):
-            part, *at = name.split('.')
-            if part == 'ssm': found[part][int(at[0])] = v[name]
-            elif at: found[part].setdefault(int(at[0]), []).append(v[name])
-        pairs = {part: {i: tuple(vs) for i, vs in found[part].items()} for part in ('conv', 'attn')}
-        return cls(found['ssm'], **pairs, tokens=v['tokens'], mask=v.get('mask'), family=note['family'])
+        try:
+            if note['kind'] != 'state': raise ValueError('it holds no state')
+            found = {part: {} for part in PARTS}
+            for name in sorted(v):
+                part, *at = name.split('.')
+                if part == 'ssm': found[part][int(at[0])] = v[name]
+                elif at: found[part].setdefault(int(at[0]), []).append(v[name])
+            pairs = {part: {i: tuple(vs) for i, vs in found[part].items()} for part in ('conv', 'attn')}
+            return typed(cls(found['ssm'], **pairs, tokens=v['tokens'], mask=v.get('mask'), family=note['family']))
+        except (ValueError, TypeError, KeyError, IndexError) as err:
+            raise ValueError(f'got {path} ({err}), expected a file that State.save wrote') from err
 
     def __repr__(self):
         size = sum(v.numel()*v.element_size() for v in self._all())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .edit import Meta, check_at, positions
-from .file import beside
+from .file import beside, typed
 from .hook import HookedModel
 from .site import MODEL_SITES, PER_STEP, resolve, short, spans
 from .state import State, from_cache
@@ -66,7 +66,12 @@ class StoredStates:
             if note.pop('format', None) != _FORMAT: raise ValueError('its note says nothing of states')
             note |= {k: tuple(v) for k, v in note.items() if isinstance(v, list)}
             shapes = {k: tuple(v) for k, v in note.pop('shapes').items()}
-            return cls(folder, shapes=shapes, tokens=torch.tensor(note.pop('tokens')), **note)
+            out = typed(cls(folder, shapes=shapes, tokens=torch.tensor(note.pop('tokens')), **note))
+            want = out.tokens.shape[0], len(out.steps)
+            fits = out.tokens.dim() == 2 and all(s[:2] == want for s in out.shapes.values()) and out.piece > 0
+            if not fits or not all(0 <= t < out.tokens.shape[1] for t in out.steps):
+                raise ValueError('its tokens, steps and shapes do not fit')
+            return out
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
             raise ValueError(f'got {folder}, which cannot be read ({err}); expected a folder of store_states') from err
 

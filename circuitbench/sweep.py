@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .ablate import Case, Cell, Sheet, ablated, cases, cells, running_means, scores, sheet
-from .file import beside
+from .file import beside, typed
 from .hook import HookedModel
 from .latent import shipped_text, token_rows
 from .listen import Output
@@ -121,9 +121,10 @@ class Sweep:
             if (got := (body['format'], body['version'])) != (_FORMAT, _VERSION): raise ValueError(f'it says {got}')
             number = lambda x: math.nan if x is None else float(x)
             arrays = {k: torch.tensor([[number(x) for x in row] for row in body[k]]) for k in _PER.values()}
-            out = cls(**{k: _tuples(body[k]) for k in _TEXTS}, **arrays, clean=number(body['clean']))
+            out = typed(cls(**{k: _tuples(body[k]) for k in _TEXTS}, **arrays, clean=number(body['clean'])))
             shape = len(out.layers), len(out.sites)
             if any(v.shape != shape for v in arrays.values()): raise ValueError(f'matrices are not {shape}')
+            if not len(out.prompts) == len(out.tokens) == len(out.wrong) > 0: raise ValueError('answers are missing')
         except (OSError, ValueError, TypeError, KeyError) as err:
             raise ValueError(f'got {path}, which cannot be read ({type(err).__name__}: {err}); '
                              'expected a file that Sweep.to_json wrote') from err

@@ -23,7 +23,7 @@ from .attribute import Scores, attribute
 from .choose import largest
 from .compile import compile, untidy
 from .exact import exact
-from .file import beside
+from .file import beside, typed
 from .graph import Graph, model_graph
 from .hook import HookedModel
 from .judge import BUDGETS, auprc, auroc, bootstrap, cmd, cpr, faithfulness_of, recovery
@@ -216,7 +216,7 @@ class TruthTable:
         "Reads what `save` wrote; ValueError for anything else."
         try:
             body = json.loads(Path(path).read_text())
-            return cls(tuple(Row(**r) for r in body['rows']), body['note'])
+            return typed(cls(tuple(Row(**r) for r in body['rows']), body['note']))
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise ValueError(f'got {path}, which cannot be read ({err}); expected what TruthTable.save wrote') from err
 
