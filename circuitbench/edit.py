@@ -32,7 +32,7 @@ def meta(
     "Positions of meta tokens, for `at=`: they are numbered apart from the prompt, which always begins at 0."
     return Meta(check_at(at))
 
-def check_at(at: At) -> At:
+def check_at(at: At) -> Any:
     """`at` in its stored form: None (everywhere), an int, a slice or a tuple of ints; "every:N" becomes a slice.
 
     Raises ValueError or TypeError for anything else.
@@ -44,12 +44,12 @@ def check_at(at: At) -> At:
     if at is None or isinstance(at, (slice, Meta, Rows)): return at
     if isinstance(at, (int, torch.Tensor)) and not isinstance(at, bool):
         return tuple(at.tolist()) if isinstance(at, torch.Tensor) and at.dim() else int(at)
-    try: return tuple(int(i) for i in at)
+    try: return tuple(int(i) for i in at)                     # type: ignore[union-attr]    # True ends here
     except TypeError:
         raise TypeError(f'got at={at!r}, expected None, an int, a slice, a list of ints or "every:N"') from None
 
 def positions(
-    at: At,  # as returned by `check_at`
+    at: Any,  # as returned by `check_at`
     lo: int,  # first absolute position of the tensor at hand
     hi: int,  # one past its last
     prompt: int,  # length of the prompt, for negative positions
@@ -103,7 +103,7 @@ class Edit:
             object.__setattr__(self, 'head', head)
 
     def at(self, at: At) -> 'Edit': return replace(self, pos=at)
-    def heads(self, head: int | Iterable[int] | None) -> 'Edit': return replace(self, head=head)
+    def heads(self, head: int | Iterable[int] | None) -> 'Edit': return replace(self, head=head)  # type: ignore[arg-type]
 
     def columns(self, columns: int | Iterable[int]) -> 'Edit':
         "Some columns of the last axis alone: of a state, what stands under those keys."

@@ -7,12 +7,13 @@ __all__ = ['SCALARS', 'HookedModel', 'activation_view', 'HookInspector']
 
 # %% ../nbs/30_hook.ipynb #5d2bc927
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cached_property
 from importlib import import_module
 from inspect import signature
+from typing import Any
 
 import psutil
 import torch
@@ -43,14 +44,15 @@ class HookedModel:
         hook_point: str | None = None,  # default site of train_sae, extract_circuit and steer; None: the family's
         share: float = .5,  # of the free memory that a read may take
     ):
-        self.hf, self.tokenizer, self.share = hf.eval().requires_grad_(False), tokenizer, share
+        self.hf: Any = hf.eval().requires_grad_(False)
+        self.tokenizer, self.share = tokenizer, share
         self.name = name or type(hf).__name__
-        self.config = hf.config.get_text_config()
+        self.config = self.hf.config.get_text_config()
         self.adapter = adapter_for(self.config.model_type)
         self.module = import_module(self.adapter.module)
         check_transformers(self.adapter, self.module, transformers.__version__)
         check_points(self.adapter, hf, self.config)
-        self.blocks = hf.get_submodule(self.adapter.layers)
+        self.blocks: Sequence[Any] = self.hf.get_submodule(self.adapter.layers)
         self.inside = {*self.adapter.inside, 'attn.pattern'} - ({'ssm.gate'} if self.adapter.gate else set())
         self.points = [self.adapter.points(self.config, i) for i in range(len(self.blocks))]
         inner = (f'blocks.{i}.{s}' for i in range(len(self.blocks)) for s in self.adapter.block_sites(self.config, i))

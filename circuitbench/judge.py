@@ -103,7 +103,7 @@ class Interval:
     def __repr__(self): return f'{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]'
 
 def bootstrap(
-    values: Sequence | Tensor,  # (n, ...), one row a prompt
+    values: Sequence | Tensor | np.ndarray,  # (n, ...), one row a prompt
     of: Callable = np.mean,  # rows -> a number
     draws: int = 1000,
     share: float = .95,

@@ -8,6 +8,7 @@ __all__ = ['Feature', 'SAE', 'load_sae']
 # %% ../nbs/40_sae.ipynb #9f711411
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,9 @@ class SAE(nn.Module):
         seed: int = 0,  # of the random directions that it starts from
     ):
         super().__init__()
-        self.cfg, self.metrics, self.frequency = cfg, None, None
+        self.cfg = cfg
+        self.metrics: Metrics | None = None
+        self.frequency: Tensor | None = None
         g = torch.Generator().manual_seed(seed)
         unit = lambda n: F.normalize(torch.randn(cfg.d_sae, n, generator=g), dim=1)
         if cfg.rank1:
@@ -106,7 +109,8 @@ class SAE(nn.Module):
                 parts.append(z.topk(max(1, int((z > 0).sum(1).max())) if len(z) else 1))
         most = max(v.shape[1] for v, _ in parts)
         wide = lambda v: F.pad(v, (0, most - v.shape[1])) if v.shape[1] < most else v
-        return tuple(torch.cat([wide(v) for v in p]).view(*x.shape[:-1], most) for p in zip(*parts))
+        value, index = (torch.cat([wide(v) for v in p]).view(*x.shape[:-1], most) for p in zip(*parts))
+        return value, index
 
     def _active(self, p: Tensor) -> Tensor:
         "Activations of all latents of a coder that is not TopK."
@@ -336,11 +340,11 @@ def _config(folder: Folder) -> SAEConfig:
     k = cfg['k'] if folder.activation == 'topk' else own.get('k') or details.get('k') or meta.get('l0') or 32
     if folder.activation != 'topk': k = min(max(1, round(k)), d_sae)                      # says what to expect, no more
     batch = folder.activation == 'jumprelu' and own.get('activation') == 'batchtopk'
-    places = {n: tuple(Place(**p) for p in own.get(n, ())) for n in ('beside', 'writes')}
+    places: dict[str, Any] = {n: tuple(Place(**p) for p in own.get(n, ())) for n in ('beside', 'writes')}
     if folder.transcoder and not places['writes']:
         places['writes'] = (Place(site_name(meta.get('hook_name_out')), folder.weights['b_dec'].shape),)
     head = meta.get('hook_head_index')
-    more = {n: own[n] for n in _OWN if n in own} or ({} if head is None else {'heads': (head,)})
+    more: dict[str, Any] = {n: own[n] for n in _OWN if n in own} or ({} if head is None else {'heads': (head,)})
     return SAEConfig(
         cfg['d_in'], d_sae, k, own.get('site') or site_name(meta.get('hook_name')), meta.get('model_name') or '',
         context=meta.get('context_size') or 0, activation='batchtopk' if batch else folder.activation,

@@ -9,7 +9,7 @@ __all__ = ['train_saes', 'train_sae']
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -125,9 +125,10 @@ def train_saes(
     training.
     """
     device, begin = torch.device(device or (model.device if model else 'cpu')), time.perf_counter()
-    if steps is None and not hasattr(batches, '__len__'):
-        raise ValueError('got batches without a length, expected steps=, how many to train on')
-    steps = len(batches) if steps is None else steps
+    if steps is None:
+        if not isinstance(batches, Sized):
+            raise ValueError('got batches without a length, expected steps=, how many to train on')
+        steps = len(batches)
     if start is None: start, batches = _start(batches)
     first = [[None if v is None else v.to(device) for v in rows_of(cfg, start)] for cfg in configs]
     trainers = [Trainer(cfg, x, steps, y, accelerator, **recipe) for cfg, (x, y) in zip(configs, first)]
@@ -219,7 +220,8 @@ def _split(model, text, context: int, tokens: int) -> tuple[Tensor, Tensor, str]
     "Rows to train on, rows to measure on, and a note if they are the same; not all of a long text is read."
     limit, held = 4*tokens + 100_000, min(16_384, max(1024, tokens//8))
     if text is None:
-        return *(token_rows(model, shipped_text(s), context, n) for s, n in (('train', limit), ('held', held))), ''
+        return (token_rows(model, shipped_text('train'), context, limit),
+                token_rows(model, shipped_text('held'), context, held), '')
     rows = token_rows(model, text, context, limit)
     if len(rows) < 2: return rows, rows, f'the text is too short to hold out a part: {SAME_TOKENS}'
     n = max(1, min(len(rows)//10, held//rows.shape[1]))
