@@ -7,6 +7,7 @@ __all__ = ['attach', 'attach_experts', 'check_points', 'keep_padding_out']
 
 # %% ../nbs/10_attach.ipynb #attach-imports
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def check_points(
 ) -> None:
     "ValueError for a point whose module is not there, or an axis that has no size."
     sizes, known = adapter.sizes(config), ('batch', 'pos', 'key')
-    for i, block in enumerate(hf.get_submodule(adapter.layers)):
+    for i, block in enumerate(cast(nn.ModuleList, hf.get_submodule(adapter.layers))):
         for site, point in adapter.points(config, i).items():
             for p in filter(None, (point, point.plus, point.then and Point(point.then))):
                 if p.module and not has_module(block, p.module):

@@ -38,13 +38,13 @@ class HookedModel:
     "A causal language model with every site of its blocks open."
     def __init__(
         self,
-        hf: nn.Module,  # a transformers causal language model of a registered type
+        hf: 'transformers.PreTrainedModel',  # a causal language model of a registered type
         tokenizer=None,  # a transformers tokenizer, for text in and out
         name: str = '',  # what results call the model
         hook_point: str | None = None,  # default site of train_sae, extract_circuit and steer; None: the family's
         share: float = .5,  # of the free memory that a read may take
     ):
-        self.hf: Any = hf.eval().requires_grad_(False)
+        self.hf = hf.eval().requires_grad_(False)
         self.tokenizer, self.share = tokenizer, share
         self.name = name or type(hf).__name__
         self.config = self.hf.config.get_text_config()

@@ -138,7 +138,7 @@ def _place(repo_id: str | Path, token: str | None, private: bool):
     "Where to push to."
     here = isinstance(repo_id, Path) or repo_id.startswith(('.', '~')) or os.path.isabs(repo_id)
     if here: return _Disk(Path(repo_id).expanduser())
-    if re.fullmatch(HUB_NAME, repo_id): return _Hub(repo_id, token, private)
+    if re.fullmatch(HUB_NAME, str(repo_id)): return _Hub(str(repo_id), token, private)
     raise ValueError(f'got {repo_id!r}, expected ORG/NAME of the Hub, or a folder such as ./{repo_id}')
 
 def _id_of(sae) -> str:

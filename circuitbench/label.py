@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -65,7 +66,7 @@ class _Kept:
     def __init__(self, path: str | Path | None, report: LatentReport, **by: str):  # names of labeller and judge
         self.path, self.late = path and Path(path), time.monotonic()
         own = {'model': report.model, 'site': report.site, 'latents': len(report.frequency)}
-        self.data = {**own, 'labels': {}, 'scores': {}, **by}
+        self.data: dict[str, Any] = {**own, 'labels': {}, 'scores': {}, **by}
         if not self.path or not self.path.exists(): return
         try:
             was = json.loads(self.path.read_text(encoding='utf-8'))

@@ -129,7 +129,7 @@ class Tap:
     "What `seam` calls within one block."
     def __init__(self, listener: Listener, block: int):
         self.listener, self.block, self.prefix, self.first = listener, block, f'blocks.{block}.', 0
-        self.branch = None                                   # how many rows the read-out of one row goes to
+        self.branch: int | None = None                                   # how many rows the read-out of one row goes to
     def wants(self, site): return self.listener.wants(self.prefix + site)
 
     def __call__(self, site, x):

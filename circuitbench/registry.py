@@ -76,6 +76,7 @@ def download(
 ) -> Path:
     "The folder of an SAE of a repository; ValueError for what is not there, is no SAE or cannot be had."
     if (folder := local_path(repo)) is not None: return folder/_pick(str(repo), _files(folder), sae_id)
+    repo = str(repo)
     if sae_id is None: sae_id = _pick(repo, _hub_files(repo, revision), None)
     wanted = [escape(path_in(check_id(sae_id), name)) for name in (CFG, WEIGHTS, SPARSITY)]
     root = _asked(repo, revision, lambda: Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)))
@@ -86,7 +87,7 @@ def download(
 def ids_in(repo: str | Path, revision: str | None = None) -> list[str]:
     "The ids of the SAEs in a repository, arguments as for `download`; ValueError where it cannot be had."
     folder = local_path(repo)
-    return sae_ids(_files(folder) if folder is not None else _hub_files(repo, revision))
+    return sae_ids(_files(folder) if folder is not None else _hub_files(str(repo), revision))
 
 def _files(folder: Path) -> list[str]:
     if not folder.is_dir(): raise ValueError(f'got {folder}, which is no folder; expected one with {CFG} and {WEIGHTS}')
@@ -201,7 +202,7 @@ def released() -> Releases:
 def _meant(where: str | Path, revision: str | None) -> tuple[str, str | None]:
     "What the registry remembers: the whole path of a folder, a name of the Hub or the package, what a name meant."
     if (folder := local_path(where)) is not None: return str(folder.absolute()), None
-    if '/' in where: return where, revision
+    if '/' in (where := str(where)): return where, revision
     return (old := _entry(registry_folder()/f'{where}.json')).where, revision or old.revision
 
 def _described(name: str, where: str, cfg_file: Path, revision: str | None = None) -> Release:
@@ -233,7 +234,7 @@ def locate(
 ) -> Path:
     "The folder of an SAE; ValueError with the choices for a name that means none."
     if (folder := local_path(name)) is not None: return _folder(folder)
-    if name.startswith('tiny://'): return _shipped(name)
+    if (name := str(name)).startswith('tiny://'): return _shipped(name)
     if re.fullmatch(r'[\w.-]+', name):
         file = registry_folder()/f'{name}.json'
         if not file.exists(): raise ValueError(_unknown(name) + '; a folder, or ORG/REPO:ID of the Hub')

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain, groupby, takewhile
@@ -180,7 +180,7 @@ class StoredStates:
                 raise ValueError(f'got {self._shard(k)}, which cannot be read ({err}); '
                                  'the call of store_states that wrote it writes it again') from err
 
-def _few(numbers: Iterable[int]) -> str:
+def _few(numbers: Sequence[int]) -> str:
     "Spans of numbers, cut after a few."
     text = spans(numbers)
     return text if len(text) < 60 else f'{text[:50].rpartition(",")[0]}, ... {numbers[-1]}'

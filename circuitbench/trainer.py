@@ -240,7 +240,7 @@ class Trainer:
         D = full['D']/self.s_out
         norm = D.norm(dim=1)
         if cfg.activation == 'topk': norm = norm.mean().expand_as(norm)
-        own = {n: w[n]*norm for n in ('b_enc', 'b_gate', 'b_mag') if n in w}
+        own: Weights = {n: w[n]*norm for n in ('b_enc', 'b_gate', 'b_mag') if n in w}
         own |= {'b_dec': w['b_dec']/self.s_out, 'r_mag': w.get('r_mag')}
         own |= {'W_dec': D/norm[:, None], 'W_enc': (full['E']*self.s_in*norm[:, None]).T}
         factors = ('dec_v', 'dec_w', 'enc_v', 'enc_w') if cfg.rank1 else ()
