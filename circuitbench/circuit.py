@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -345,7 +346,7 @@ def extract_circuit(
     clean, empty = ends(model, pairs, measure)
     _favoured(model, pairs, metric, clean)
     faithfulness_of(0., float(clean.mean()), float(empty.mean()))
-    options = dict(metric=measure, ablation=ablation, progress=progress)
+    options: dict[str, Any] = dict(metric=measure, ablation=ablation, progress=progress)
     if callable(method): found = method(model, pairs, graph)
     elif method == 'exact': found = exact(model, pairs, graph, **options)
     else: found = attribute(model, pairs, graph, method=method, steps=steps, frozen=frozen, by_position=by_position,

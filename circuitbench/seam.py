@@ -223,7 +223,7 @@ def norm_gate(
     "The opener of a gate in a norm module `norm(y, z)`: (module of the recurrence, hear, hook) -> None."
     def _open(mixer, hear, hook):
         def _after(norm, args, kwargs, out):
-            y, z = [*args, *kwargs.values()]
+            y, z = args + tuple(kwargs.values())
             gate = activation(z.float())
             new = hear(gate)
             return out if new is gate else again(norm, y, new)
