@@ -36,17 +36,25 @@ def beside(
 def typed(
     record,  # a dataclass, or several
 ):
-    "The record itself; TypeError where a field, or one of a record in it, is not of the type that its class states."
+    """The record itself; TypeError where a field, or one of a record in it, is not of the type that its class states.
+
+    Nor is anything a record that cannot be printed, such as one whose tensors have other shapes than its names.
+    """
+    _check(record)
+    try: repr(record)
+    except Exception as err: raise TypeError(f'it cannot be shown: {type(err).__name__}: {err}') from err
+    return record
+
+def _check(record):
     inner = record.values() if isinstance(record, Mapping) else record if isinstance(record, tuple | list) else ()
-    for r in inner: typed(r)
-    if not is_dataclass(record): return record
+    for r in inner: _check(r)
+    if not is_dataclass(record): return
     hints = get_type_hints(type(record))
     for name in (f.name for f in fields(record)):
         value = getattr(record, name)
         try: check_type(value, hints[name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as err: raise TypeError(f'{name}: {err}') from None
-        typed(value)
-    return record
+        _check(value)
 
 # %% ../nbs/00_file.ipynb #record
 def packed(

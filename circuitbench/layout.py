@@ -85,6 +85,8 @@ def from_mamba_ssm(
     c = _filled('config', config, _TOP)
     _whole('config', c, 'd_model', 'n_layer', 'vocab_size', 'pad_vocab_size_multiple')
     _expect('config', c, d_intermediate=0, rms_norm=True)
+    if 0 < len(tensors) < (n := c['n_layer']):
+        raise ValueError(f'got n_layer={n} and {len(tensors)} tensors, expected some of each layer')
     ssm = c['ssm_cfg'] or {}
     layer = ssm.get('layer', 'Mamba1')
     makers = {'Mamba1': _mamba1, 'Mamba2': _mamba2}

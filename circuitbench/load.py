@@ -9,12 +9,9 @@ __all__ = ['TINY', 'byte_tokenizer', 'no_bar', 'load_model', 'tiny_path']
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel,
@@ -61,12 +58,15 @@ def _saved(name: str, where: str | Path, revision: str | None, **options) -> tup
         return from_pth(path, None if kept else options['dtype']), _tokenizer(path.parent, None)
     config = _config(name, where, revision)
     if is_mamba_ssm(config):
-        file = cached_file(str(where), 'pytorch_model.bin', revision=revision)
+        try: file = cached_file(str(where), 'pytorch_model.bin', revision=revision)
+        except OSError as err:
+            raise ValueError(f'got {name!r} ({_short(err)}), expected a folder with pytorch_model.bin') from err
         config, tensors = from_mamba_ssm(config, read_archive(file))
         hf = _weights(name, None, config=config, state_dict=tensors, **options)
         return hf, _tokenizer(where, revision) or (None if Path(where).is_dir() else _tokenizer(_NEOX, None))
-    kind = config.get('text_config', config).get('model_type')
-    if kind is None:
+    inner = config.get('text_config', config) if isinstance(config, dict) else None
+    kind = inner.get('model_type') if isinstance(inner, dict) else None
+    if not isinstance(kind, str):
         raise ValueError(f'got {name!r}, whose config.json names no model_type; expected a folder in the layout of '
                          'transformers or of mamba_ssm')
     adapter_for(kind)
@@ -87,7 +87,7 @@ def _pth(name: str, where: str, revision: str | None) -> Path:
 def _config(name: str, where: str | Path, revision: str | None) -> dict:
     "The config.json of a folder or a Hub repository."
     try: return PretrainedConfig.get_config_dict(str(where), revision=revision)[0]
-    except OSError as err:
+    except (OSError, TypeError, AttributeError) as err:
         local = (Path(where)/'config.json').exists()
         what = ('whose config.json cannot be read' if local else
                 'which is no folder with a config.json and could not be had from the Hub')
@@ -98,9 +98,8 @@ def _weights(name: str, where: str | None, **options) -> PreTrainedModel:
     if where is None: make = MODEL_FOR_CAUSAL_LM_MAPPING[type(options['config'])].from_pretrained
     else: make, options = AutoModelForCausalLM.from_pretrained, options | {'trust_remote_code': False}
     try: hf, info = make(where, **options, output_loading_info=True, ignore_mismatched_sizes=True)
-    except _UNREADABLE as err:
-        why = f'{type(err).__name__}: {" ".join(str(err).split())[:200]}'
-        raise ValueError(f'got {name!r}, which cannot be read ({why}); '
+    except Exception as err:                                # whatever transformers meets in a damaged config or file
+        raise ValueError(f'got {name!r}, which cannot be read ({_short(err)}); '
                          'expected undamaged safetensors that fit the config.json') from err
     misshapen = [f'{n} {tuple(got)} for {tuple(want)}' for n, got, want in info['mismatched_keys']]
     wrong = {'missing': info['missing_keys'], 'not expected': info['unexpected_keys'], 'misshapen': misshapen}
@@ -110,16 +109,20 @@ def _weights(name: str, where: str | None, **options) -> PreTrainedModel:
                          'expected the tensors that it describes')
     return hf
 
-_UNREADABLE = (SafetensorError, StrictDataclassError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError)
-
 def _tokenizer(where: str | Path, revision: str | None):
-    "The tokenizer of a folder or repository; None where there is none: the model then takes token ids."
+    "The tokenizer of a folder or repository, None where there is none: the model then takes token ids."
     if (Path(where)/WORLD).is_file(): return world_tokenizer(where)
-    try: tok = AutoTokenizer.from_pretrained(str(where), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    try:
+        tok = AutoTokenizer.from_pretrained(str(where), revision=revision, trust_remote_code=False)
+        return tok if len(tok) > len(tok.all_special_tokens) else None      # without files, an empty one is made
+    except Exception as err:
+        if file := next((f for f in ('tokenizer.json', 'tokenizer.model') if (Path(where)/f).is_file()), None):
+            raise ValueError(f'got {where}, whose {file} cannot be read ({_short(err)}); expected an undamaged '
+                             'tokenizer, or none of its files: the model then takes token ids') from err
         try: return world_tokenizer(cached_file(str(where), WORLD, revision=revision))
         except (OSError, ValueError, TypeError): return None
-    return tok if len(tok) > len(tok.all_special_tokens) else None   # without files, transformers makes an empty one
+
+def _short(err: Exception) -> str: return f'{type(err).__name__}: {" ".join(str(err).split())[:200]}'
 
 @contextmanager
 def no_bar():

@@ -147,10 +147,14 @@ class _Judge:
         head = {'method': self.method, 'candidates': [c.name for c in self.candidates], 'clean': round(self.clean, 6)}
         if self.file is None: return
         if self.file.exists():
-            first, *rows = [json.loads(line) for line in self.file.read_text(encoding='utf-8').splitlines()]
+            try:
+                first, *rows = [json.loads(line) for line in self.file.read_text(encoding='utf-8').splitlines()]
+                plans = [(tuple((int(k), float(s)) for k, s in plan), score + 0., kl + 0.) for plan, score, kl in rows]
+            except (OSError, ValueError, TypeError) as err:
+                raise ValueError(f'got {self.file}, which cannot be read ({err}); expected a search\'s trials') from err
             if first != head:
                 raise ValueError(f'got {self.file}, the trials of another search ({first}), expected those of {head}')
-            for steps, score, kl in rows: self.known[tuple((int(k), float(s)) for k, s in steps)] = score, kl
+            self.known |= {steps: values for steps, *values in plans}
         else: self.file.write_text(json.dumps(head) + '\n', encoding='utf-8')
 
     @torch.no_grad()

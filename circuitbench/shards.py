@@ -199,6 +199,10 @@ def _manifest(folder: Path) -> ActivationStore:
         if note.get('format') != _FORMAT: raise ValueError(f'{_NOTE} says nothing of activations')
         tensors = {k: (tuple(v['shape']), v['dtype']) for k, v in note['tensors'].items()}
         shards = tuple(Shard(**s) for s in note['shards'])
+        for s in shards:
+            if s.tokens < 1 or Path(s.file).name != s.file: raise ValueError(f'{s.file!r} is no shard')
+        if bad := [d for _, d in tensors.values() if not isinstance(getattr(torch, d, None), torch.dtype)]:
+            raise ValueError(f'{bad[0]!r} is no dtype')
         return typed(ActivationStore(folder, note['about'], tensors, shards, note['complete']))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
         raise ValueError(f'got {folder}, which cannot be read ({err}); expected a folder of collect') from err

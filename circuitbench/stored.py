@@ -72,7 +72,7 @@ class StoredStates:
             if not fits or not all(0 <= t < out.tokens.shape[1] for t in out.steps):
                 raise ValueError('its tokens, steps and shapes do not fit')
             return out
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as err:
             raise ValueError(f'got {folder}, which cannot be read ({err}); expected a folder of store_states') from err
 
     @property

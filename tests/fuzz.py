@@ -25,6 +25,7 @@ import transformers  # noqa: E402
 
 from circuitbench.checkpoint import read_state, write_state  # noqa: E402
 from circuitbench.circuit import Circuit, extract_circuit  # noqa: E402
+from circuitbench.course import student_version  # noqa: E402
 from circuitbench.direction import Direction, given_direction  # noqa: E402
 from circuitbench.evaluate import CoreMetrics, core_metrics  # noqa: E402
 from circuitbench.film import StateFilm, film_states  # noqa: E402
@@ -50,6 +51,13 @@ from circuitbench.stored import StoredStates, store_states  # noqa: E402
 from circuitbench.sweep import Sweep, sweep_sites  # noqa: E402
 from circuitbench.train import train_sae  # noqa: E402
 from circuitbench.truth import TruthTable, methods, truth_names, truth_table  # noqa: E402
+from circuitbench.world import FILE as VOCABULARY  # noqa: E402
+from circuitbench.world import world_tokenizer  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+import oracle_mamba_ssm  # noqa: E402
+from oracle_rwkv7 import archive  # noqa: E402
+from test_layout import CASES  # noqa: E402
 
 IDS = torch.tensor([[5, 9, 41, 7, 200, 9, 3, 11], [5, 9, 40, 7, 200, 9, 3, 11]])
 QUIET = dict(progress=False)
@@ -108,7 +116,26 @@ def samples(kit):
         'search': (search, search),
         'registry': (home(registered), home(lambda p: released())),
         'model folder': (hf, lambda p: load_model(str(p)).run(IDS)),
+        'mamba_ssm folder': (_mamba_ssm, lambda p: load_model(str(p)).run(IDS % 61)),
+        'rwkv archive': (lambda p: torch.save(archive(1 + 1, 32, 16, 40), _into(p)/'x.pth'), lambda p: load_model(str(p/'x.pth')).run(IDS % 97)),
+        'vocabulary': (lambda p: (_into(p)/VOCABULARY).write_text(WORDS), lambda p: len(world_tokenizer(p))),
+        'unit': (lambda p: shutil.copy(UNIT, p), lambda p: student_version(p, p.with_name('out.ipynb'))),
     }
+
+
+WORDS = ''.join(f'{i + 1} {bytes([i])!r} 1\n' for i in range(256)) + "257 'the' 3\n"
+UNIT = min((Path(__file__).parents[1]/'nbs'/'course').glob('*.ipynb'))
+
+
+def _into(p):
+    p.mkdir(exist_ok=True)
+    return p
+
+
+def _mamba_ssm(p):
+    config = CASES['mamba2 as published']
+    (_into(p)/'config.json').write_text(json.dumps(config))
+    torch.save(oracle_mamba_ssm.checkpoint(config), p/'pytorch_model.bin')
 
 
 def _compared(sae):
