@@ -141,7 +141,8 @@ border-bottom:1px solid var(--line)} .out{font-size:.8em} .out img,.out svg{max-
 .out pre{background:none;border-left:3px solid var(--line);border-radius:0} .cbv .tex path{fill:currentColor}
 .cbv section>table{font-size:1em}
 .eq{text-align:center;font-size:1.15em} .cbv details summary{font-size:.85em}
-aside{display:none;font-size:.8em;margin-top:1.5em;padding:.4em 1em;border:1px dashed var(--soft);border-radius:6px} .notes aside{display:block}
+aside{display:none;font-size:.8em;margin-top:1.5em;padding:.4em 1em;border:1px dashed var(--soft);border-radius:6px}
+.notes aside{display:block}
 footer{position:fixed;right:1rem;bottom:.6rem;font-size:13px;color:var(--soft);display:none} .on>footer{display:block}
 footer button{font:inherit;color:inherit;background:none;border:1px solid var(--line);border-radius:5px;
 padding:.15rem .6rem;cursor:pointer}
