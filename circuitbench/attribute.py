@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .apart import apart, into_stream, over_experts
+from .apart import Change, Products, apart
 from .edit import patch
 from .exchange import check_positions, instead, settled, stand_ins
 from .frozen import frozen_norms
-from .graph import Graph, Node, graph_of, heads_at, shares
+from .graph import Graph, Node, graph_of, heads_at
 from .hook import HookedModel
 from .pairs import Metric, Pairs, metric_of
-from .readers import Heard, Way, back, only_heads
+from .readers import Heard, Way, back, only_heads, ways
 from .site import BLOCK_SITES, short
 
 # %% ../nbs/63_attribute.ipynb #scores
@@ -101,30 +101,16 @@ def attribute(
     note = '' if done == len(pairs) else f'interrupted after {done} of {len(pairs)} pairs'
     return Scores(graph, run.edges/done, run.nodes/done, name, run.clean/done, run.corrupt/done, done, note)
 
-class _Products:
-    "Change times gradient at each site, summed over the batch and within a head: (pos, head)."
-    def __init__(self, run: '_Attribution', moved, rows):
-        self.run, self.moved, self.rows, self.known = run, moved, rows, {}
-
-    def of(self, n: Node, heads=None) -> Tensor:
-        "Of a node, by position; of some of its heads."
-        if n.site not in self.known or n.branch == 'block':
-            change = self.run._block_change(n, self.moved) if n.branch == 'block' else self.moved[n.site]
-            v = (change*self.rows[n.site]).sum(0).flatten(1)
-            self.known[n.site] = v.unflatten(1, (heads_at(self.run.model, n), -1)).sum(2)
-        v, heads = self.known[n.site], n.heads if heads is None else heads
-        return v.sum(1) if heads is None else v[:, list(heads)].sum(1)
-
 class _Attribution:
     "Sums over batches."
     def __init__(self, model, graph, metric, frozen, ablation, by_position):
         self.model, self.graph, self.metric, self.frozen, self.ablation = model, graph, metric, frozen, ablation
         self.by_position, self.mean, self.clean, self.corrupt = by_position, None, 0., 0.
-        self.ways = [Way(model, graph, i) for i in range(model.n_layers)]
-        nodes = graph.nodes
+        self.ways, nodes = ways(model, graph, range(model.n_layers)), graph.nodes
         self.written = list(dict.fromkeys(n.site for n in nodes if n.kind != 'logits'))
-        self.taken = {n.site: n for n in nodes if n.kind == 'latent'}      # sites that are taken apart, a node of each
-        self.parts = {}                                                    # and the changes of their parts
+        self.experts = {}                                                  # the nodes of a block that has some
+        for k, n in enumerate(nodes):
+            if n.kind == 'expert': self.experts.setdefault(n.block, []).append(k)
         stream = [n.stream for n in nodes if n.kind in ('whole', 'latent', 'expert')]
         self.read = list(dict.fromkeys([*self.written, *(s for w in self.ways for s in w.sites), *stream,
                                         nodes[-1].site]))
@@ -132,29 +118,23 @@ class _Attribution:
             pre = [f'blocks.{i}.resid_pre' for i in range(model.n_layers)]
             self.written = list(dict.fromkeys([*self.written, *(n for n in pre if n in self.read)]))
         self.first = torch.searchsorted(graph.edges[:, 1].contiguous(), torch.arange(len(nodes) + 1)).tolist()
-        few = torch.randint(model.sizes['d_vocab'], (1, 8), generator=torch.Generator().manual_seed(0))
-        sites = list(dict.fromkeys(s for w in self.ways for s in w.sites))
-        heard = Heard(model.run_with_cache(few, sites, grad=True)[1])
-        for w in self.ways: w.learn(heard)
         self.edges, self.nodes = torch.zeros(len(graph)), torch.full((len(nodes),), torch.nan)
         self.nodes[[k for k, n in enumerate(nodes) if n.kind != 'logits']] = 0
 
     def add(self, b: Pairs, alphas: Sequence[float]):
         "The scores of a batch, each step of the integral a run; the first of them is clean."
         model, ids, graph, first = self.model, b.clean, self.graph, self.graph.nodes[0].site
-        clean = moved = None
+        moved = None
         with torch.no_grad(): other, gone = self._other(b)
         self.corrupt += float(self.metric(b.last(gone), b).sum())
         for a in sorted(alphas, reverse=True):
-            edit = () if clean is None else patch(first, (other[first] + a*moved[first]).requires_grad_())
+            edit = () if moved is None else patch(first, (other[first] + a*moved[first]).requires_grad_())
             with frozen_norms(self.frozen): out, cache = model.run_with_cache(ids, self.read, edit=edit, grad=True)
             value = self.metric(b.last(out.logits), b)
             if value.shape != (len(b),):
                 raise ValueError(f'got a metric of shape {tuple(value.shape)}, expected ({len(b)},), a number a pair')
-            if clean is None:
-                clean = {n: cache[n].detach() for n in self.written}
-                moved = {n: v - other[n] for n, v in clean.items()}
-                self.parts = {s: apart(graph, n, clean[s]) - apart(graph, n, other[s]) for s, n in self.taken.items()}
+            if moved is None:
+                moved = Change(model, graph, {n: cache[n].detach() for n in self.written}, other)
                 self.clean += float(value.detach().sum())
             self._step(b, Heard(cache), value.sum(), moved, 1/len(alphas))
 
@@ -167,24 +147,21 @@ class _Attribution:
         first = self.graph.nodes[0].site
         return other, self.model.run(b.clean, edit=patch(first, other[first].expand(*b.clean.shape, -1))).logits
 
-    def _step(self, b, heard: Heard, value: Tensor, moved: dict[str, Tensor], share: float):
-        nodes, names = self.graph.nodes, [n for n in self.read if n in heard.paths]
+    def _step(self, b, heard: Heard, value: Tensor, moved: Change, share: float):
+        nodes = self.graph.nodes
         if not value.requires_grad:
             raise ValueError('got a metric that does not depend on the logits, expected one that does')
-        parts = [x if isinstance(x := heard[n], tuple) else (x,) for n in names]
-        got = iter(torch.autograd.grad(value, [x for p in parts for x in p], retain_graph=True, allow_unused=True))
-        filled = [[torch.zeros_like(x) if g is None else g for x, g in zip(p, got)] for p in parts]
-        grads = {n: v[0] if len(v) == 1 else torch.cat(v, 1) for n, v in zip(names, filled)}
+        grads = heard.grads(value, [n for n in self.read if n in heard.paths])
         rows = {n: heard.rows(n, g) for n, g in grads.items()}
         self._finite(heard, rows)
-        self.moved, added = _Products(self, moved, rows), {}               # what each writer adds, by site
+        self.products, added = Products(moved, rows), {}                   # what each writer adds, by site
         for k, n in enumerate(nodes):
             if n.kind == 'logits': self._stream([k], rows[n.site][None], moved, added, share)
             if n.kind == 'whole': self._stream([k], self._whole(n, heard, grads)[None], moved, added, share)
-            if n.kind == 'latent' and n.latent is None: self._latents(n, heard, grads, rows, moved, added, share)
-            if n.kind == 'expert' and n.heads == (0,): self._experts(n, heard, grads, rows, moved, added, share)
-            if n.kind in ('head', 'whole', 'embed', 'port', 'expert') and not self.graph.by_edges[k]:
-                self.nodes[k] += share*float(self.moved.of(n).sum())
+            if n.kind != 'logits' and not (n.kind == 'port' and self.graph.by_edges[k]):
+                self.nodes[k] += share*float(self.products.of(n).sum())
+        for mine in self.graph.latents.values(): self._latents(mine, heard, grads, moved, added, share)
+        for mine in self.experts.values(): self._experts(mine, heard, grads, moved, added, share)
         for way in self.ways:
             if not way.ports: continue
             into = self._stream(way.ports, way.gradients(heard, grads), moved, added, share)
@@ -203,19 +180,14 @@ class _Attribution:
         raise ValueError(f'got {what} at {where} that are not finite, expected numbers; look at the model there or '
                          'attribute in float64')
 
-    def _block_change(self, n: Node, moved) -> Tensor:
-        return moved[n.site] - moved[f'blocks.{n.block}.resid_pre']
-
     def _whole(self, n: Node, heard, grads) -> Tensor:
         "The gradient in the stream of a node that reads and writes."
         g = back([heard[n.site]], [grads[n.site]], heard[n.stream])
         return heard.rows(n.stream, g - grads[n.site] if n.branch == 'block' else g)
 
-    def _latents(self, rest: Node, heard, grads, rows, moved, added, share: float):
-        "Scores of the latents of a site, and of the edges that enter them."
-        mine = [k for k, n in enumerate(self.graph.nodes) if n.site == rest.site and n.kind == 'latent']
-        value = (self.parts[rest.site]*rows[rest.site].flatten(2)).flatten(1).sum(1)
-        self.nodes[mine] += share*value.cpu()
+    def _latents(self, mine: list[int], heard, grads, moved, added, share: float):
+        "Scores of the edges that enter the latents of a site."
+        rest = self.graph.nodes[mine[-1]]
         x, into, g = heard[rest.site], heard[rest.stream], grads[rest.site]
         parts = apart(self.graph, rest, x)
         through = [back([part], [g.flatten(2)], into) for part in parts[:-1]]
@@ -223,15 +195,14 @@ class _Attribution:
         G = torch.stack([heard.rows(rest.stream, v) for v in (*through, whole - sum(through))])
         self._stream(mine, G, moved, added, share)
 
-    def _experts(self, first: Node, heard, grads, rows, moved, added, share: float):
-        "Scores of what the experts of a block leave over, and of the edges that enter them and it."
-        mine = [k for k, n in enumerate(self.graph.nodes) if n.kind == 'expert' and n.block == first.block]
-        nodes, into, g = [self.graph.nodes[k] for k in mine], heard[first.stream], grads[first.site]
+    def _experts(self, mine: list[int], heard, grads, moved, added, share: float):
+        "Scores of the edges that enter the experts of a block, and what is beside them."
+        nodes = [self.graph.nodes[k] for k in mine]
+        first, into, g = nodes[0], heard[nodes[0].stream], grads[nodes[0].site]
         G = [back([heard[first.site]], [only_heads(g, n.heads)], into) for n in nodes if n.heads is not None]
         if nodes[-1].heads is None:
             whole = nodes[-1].site
             G.append(back([heard[whole]], [grads[whole]], into) - sum(G))
-            self.nodes[mine[-1]] += share*float((self._added(nodes[-1], moved)[0]*rows[whole]).sum())
         self._stream(mine, torch.stack([heard.rows(first.stream, v) for v in G]), moved, added, share)
 
     def _stream(self, readers: list[int], G: Tensor, moved, added, share: float) -> Tensor:
@@ -245,7 +216,7 @@ class _Attribution:
             same = [w for w in writers[i:] if nodes[w].site == site]
             u = added.get(site)
             if u is None:
-                u = self._added(nodes[writers[i]], moved)
+                u = moved.added(nodes[writers[i]])
                 if sum(v.numel() for v in added.values()) + u.numel() < 2**26: added[site] = u
             if self.by_position: parts.append(torch.einsum('wbtd,rbtd->wrt', u, G.view(len(G), *u.shape[1:])))
             else: parts.append(u.flatten(1).to(G) @ G.T)
@@ -254,15 +225,6 @@ class _Attribution:
         if self.by_position and self.edges.dim() == 1: self.edges = torch.zeros(len(self.edges), S.shape[2])
         for j, r in enumerate(readers): self.edges[self.first[r]:self.first[r + 1]] += (share*S[:, j]).cpu()
         return S.sum(0).cpu()
-
-    def _added(self, n: Node, moved) -> Tensor:
-        "What the writers of a site add to the stream, as changes: (writer, batch, pos, d_model)."
-        if n.branch == 'block': return self._block_change(n, moved)[None]
-        if n.kind == 'latent': return into_stream(self.model, n, self.parts[n.site])
-        v = moved[n.site]
-        if n.kind == 'expert': return over_experts(n, v, moved)
-        if n.kind != 'head' or n.heads is None: return v[None]
-        return shares(self.model, n, v)
 
     def _inner(self, way: Way, heard, grads, moved, into: Tensor, share: float):
         "Edges from ports to their heads."
@@ -289,7 +251,7 @@ class _Attribution:
             z = only_heads(grads[head.site], head.heads)
             g = heard.rows(port.site, back([heard[head.site]], [z], heard[port.site]))
             return (moved[port.site]*g)[:, :, list(port.heads)].sum((0, 2, 3))
-        return self.moved.of(port, port.heads if port.branch == 'attn' or sole else head.heads)
+        return self.products.of(port, port.heads if port.branch == 'attn' or sole else head.heads)
 
     cached = None, None
 

@@ -9,48 +9,66 @@ __all__ = ['node_by_position', 'closeup']
 import torch
 from torch import Tensor
 
+from .apart import Change, Products, experts_of
 from .chart import heatmap
 from .draw import esc, token_strip, wrap
 from .frozen import frozen_norms
-from .graph import Graph, Node, heads_at
+from .graph import Graph, Node, graph_of
 from .hook import HookedModel
 from .pairs import Metric, Pairs, logit_diff
+from .readers import Heard, ways
 
 # %% ../nbs/67_closeup.ipynb #closeup
 def node_by_position(
     model: HookedModel,
     pair: Pairs,  # the first of them is looked at
-    node: Node,  # the embedding, a port, a head or an MLP
+    graph: Graph,
+    name: str,  # of a node; of several ports of one head without their lag or steps
     metric: Metric = logit_diff,
 ) -> Tensor:
-    "What each token's part of a node adds to its attribution, (pos,): change times gradient, norms held still."
-    site = node.site
-    with torch.no_grad(): other = model.run_with_cache(pair.corrupt[:1], site)[1][site]
-    out, cache = _recorded(model, pair, site)
-    grad = cache.grad(metric(pair[:1].last(out.logits), pair[:1]).sum())[site]
-    v = ((cache[site].detach() - other)*grad)[0]
-    if node.heads is None: return v.flatten(1).sum(1)
-    return v.flatten(1).unflatten(1, (heads_at(model, node), -1))[:, list(node.heads)].sum((1, 2))
+    """What each token's part of a node adds to its attribution, (pos,): change times gradient, norms held still.
 
-def _recorded(model, pair: Pairs, site: str):
-    with frozen_norms(): return model.run_with_cache(pair[:1].clean, site, grad=True)
+    The sum is the node's score. ValueError for a name that is not in the graph, and a graph of another model.
+    """
+    nodes, pair = _named(graph_of(model, graph), name), pair[:1]
+    n, entered = nodes[0], nodes[0].kind == 'port' and graph.by_edges[graph.index[nodes[0].name]]
+    way = ways(model, graph, [n.block])[0] if entered else None
+    sites = way.sites if entered else _sites(n)
+    with torch.no_grad(): other = model.run_with_cache(pair.corrupt, [way.pre] if entered else sites)[1]
+    with frozen_norms(): out, cache = model.run_with_cache(pair.clean, sites, grad=True)
+    heard, change = Heard(cache), Change(model, graph, {s: cache[s].detach() for s in other}, other)
+    grads = heard.grads(metric(pair.last(out.logits), pair).sum(), sites)
+    if not entered:
+        each = Products(change, {s: heard.rows(s, g) for s, g in grads.items()})
+        return sum(each.of(n) for n in nodes)
+    slope = way.gradients(heard, grads)[[way.nodes.index(n) for n in nodes]].sum(0)
+    return (slope*change[way.pre])[0].sum(1)
+
+def _named(graph: Graph, name: str) -> list[Node]:
+    "The nodes of a name; those of a port without its lag or steps."
+    nodes = [n for n in graph.nodes if n.name == name] or [n for n in graph.nodes if n.name.partition('@')[0] == name]
+    if not nodes: raise ValueError(f'got node {name!r}, expected one such as {graph.nodes[-2].name!r}')
+    return nodes
+
+def _sites(n: Node) -> list[str]:
+    "The sites that the value of a node is made of."
+    if n.branch == 'block': return [n.site, f'blocks.{n.block}.resid_pre']
+    return [n.site] + [experts_of(n)]*(n.kind == 'expert' and n.heads is None)
 
 def closeup(
     model: HookedModel,
     pairs: Pairs,
     graph: Graph,
-    name: str,  # of a node, a port's lag left out or not
+    name: str,  # of a node, a port's lag or steps left out or not
     metric: Metric = logit_diff,
 ) -> str:
     "A node on the first prompt as HTML; ValueError for a name that is not in the graph."
-    node = next((n for n in graph.nodes if name in (n.name, n.name.partition('@')[0])), None)
-    if node is None: raise ValueError(f'got node {name!r}, expected one such as {graph.nodes[-2].name!r}')
-    pair = pairs[:1]
+    node, pair = _named(graph, name)[0], pairs[:1]
     words, against = (model.strings(ids[0]) for ids in (pair.clean, pair.corrupt))
     changed = ', '.join(f'{a!r} for {b!r}' for a, b in zip(words, against) if a != b)
     note = f'<p class="note">{esc(f"against {changed}" if len(changed) < 200 else "against another prompt")}</p>'
     if node.kind == 'logits': return wrap(note, tag='div')
-    where = node_by_position(model, pair, node, metric)
+    where = node_by_position(model, pair, graph, name, metric)
     strip = token_strip(words, where, title=f'{name}: where it matters', signed=True)
     return wrap(strip + note + _looks_back(model, pair, node, words), tag='div')
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .apart import apart, into_stream, over_experts
+from .apart import apart, experts_of, into_stream, over_experts
 from .edit import Edit
 from .exchange import check_positions, exchanged, instead, settled, stand_ins
 from .graph import Graph, graph_of, heads_at, shares
@@ -155,13 +155,13 @@ class _Run:
         n, copies = self.nodes[mine[0]], self._copies(mine)
         main, other = x[:self.b].clone(), self.other[n.site].expand_as(x[:self.b]).to(x)
         if n.heads is None:                                                # each copy has its own experts in it
-            of = n.site.replace('mlp_out', 'mlp.experts')
+            gone = self.other[experts_of(n)]
             new, own = (self.given[n.block][self.rows(c)] for c in (0, copies[0]))
             main = x[self.rows(copies[0])] - own.sum(2) + new.sum(2)
-            change = over_experts(n, other - main, {of: self.other[of].expand_as(new).to(new) - new})
+            change = over_experts(other - main, gone.expand_as(new).to(new) - new)
         else:
             for (e,), c in zip((self.nodes[w].heads for w in mine), copies): main[:, :, e] = x[self.rows(c)][:, :, e]
-            change, self.given[n.block] = over_experts(n, other - main, {}), torch.cat([main, x[self.b:]])
+            change, self.given[n.block] = over_experts(other - main), torch.cat([main, x[self.b:]])
         self.added |= zip(mine, change)
         return torch.cat([main, x[self.b:]])
 

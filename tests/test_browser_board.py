@@ -543,6 +543,31 @@ def test_latents_experts_and_carried_steps(browser, tmp_path, positions):
         assert drawn(page) == len(pruned(left, range(len(left))) or left) and seen.errors == []
 
 
+def test_a_close_look_at_a_part_of_a_site(browser, tmp_path):
+    "Latents and what they leave over: the numbers on each strip sum to the score of the node that was chosen."
+    import warnings
+
+    from test_closeup import PAIR, finer
+
+    from circuitbench.circuit import extract_circuit
+    from circuitbench.load import load_model
+    model = load_model('mock://mamba2-tiny')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                    # random weights favour nothing
+        found = extract_circuit(model, PAIR, graph=finer('blocks.0.resid_post')(model), method='eap', budgets=(), progress=False)
+    look, names = found.inspect(), [n.name for n in found.graph.nodes if n.kind == 'latent']
+    for name in names: look.told(name)
+    with watched_page(browser, viewport={'width': 1280, 'height': 900}) as (page, seen):
+        opened(page, look.to_html(tmp_path/'finer.html').as_uri())
+        said = []
+        for name in names:
+            node(page, name).click()
+            page.locator('.side h3', has_text=name).wait_for()
+            said.append(page.locator('.told .tk span').evaluate_all("a => a.map(e => +e.dataset.t.split(' = ').pop().replace('−', '-'))"))
+            assert len(said[-1]) == 9 and sum(said[-1]) == pytest.approx(float(found.nodes[found.graph.index[name]]), rel=.02, abs=2e-4)
+        assert len({tuple(v) for v in said}) == len(names) and seen.errors == []
+
+
 def test_circuits_of_different_positions_are_not_compared():
     body = at_tokens(circuit(), [' a']*8)
     with pytest.raises(ValueError, match='got circuits by 8 and 0 positions'): board_data(body, BODY)
