@@ -94,7 +94,8 @@ class HookedModel:
 
     def site_shape(self, name: str, batch: int, pos: int) -> tuple[int, ...]:
         "Shape of a site for a batch of prompts of a length."
-        size = {**self.sizes, 'batch': batch, 'pos': pos, 'key': self.meta + pos}
+        keys = self.meta + self.adapter.keys(self.config, pos)
+        size = {**self.sizes, 'batch': batch, 'pos': pos, 'key': keys}
         if name not in MODEL_SITES: size |= self.adapter.block_sizes(self.config, int(name.split('.')[1]))
         return tuple(size[a] for a in self._site(name).axes)
 
@@ -250,9 +251,12 @@ class HookedModel:
         pad: str = 'right',
         state: State | None = None,
     ) -> dict[int, Mamba | Delta]:
-        "The inputs of the recurrences in one run, by block; ValueError for a block without one."
+        "The inputs of the recurrences in one run, by block; ValueError for a block without one, or one that is not linear."
         layers = self.recurrent(layers)
         notes = self._run(prompt, edit, (), None, None, None, mask, pad, False, 'circuitbench', state, False, layers)[2]
+        if any(i not in notes for i in layers):
+            raise ValueError(f'got {self.adapter.family}, whose state is not linear in the state before; '
+                             'expected a family of Mamba or of a delta rule: edit ssm.state and run instead')
         return {i: (Mamba if notes[i][0] == 'mamba' else Delta)(**notes[i][1]) for i in layers}
 
     def generate(

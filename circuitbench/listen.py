@@ -136,6 +136,12 @@ class Tap:
         if self.branch and site == 'ssm.y' and len(x) == 1: x = x.expand(self.branch, *x.shape[1:])
         return self.listener(self.prefix + site, x) if self.wants(site) else x
 
+    def part(self, site, x, first, total):
+        "The same for rows x that begin at row `first` of a call of `total` rows."
+        if x.shape[1] == total: return self(site, x)
+        ear = self.listener
+        return ear(self.prefix + site, x, ear.lo + ear.length - total + first) if self.wants(site) else x
+
     def at(self, site, x, t):
         "The same for one step t of this call: x has no pos axis."
         return self.listener(self.prefix + site, x[:, None], self.first + t)[:, 0] if self.wants(site) else x
@@ -202,7 +208,7 @@ class Cache(Mapping):
         out = {}
         for (n, x, pick), g in zip(flat, grads):
             out.setdefault(n, []).append(pick(torch.zeros_like(x) if g is None else g))
-        return {n: torch.cat(g, 1) for n, g in out.items()}
+        return {n: torch.cat(_as_wide(g), 1) for n, g in out.items()}
 
     def __repr__(self):
         size = sum(v.numel()*v.element_size() for v in self.values())

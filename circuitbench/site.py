@@ -52,7 +52,10 @@ BLOCK_SITES = MappingProxyType(dict([
     _site('ssm.B', 'batch pos head d_state', 'where it is written (key)'),
     _site('ssm.C', 'batch pos head d_state', 'where it is read (query)'),
     _site('ssm.decay', 'batch pos head', 'what one step keeps'),
+    _site('ssm.eta', 'batch pos head', 'what one step keeps of the momentum'),
     _site('ssm.erase', 'batch pos head d_state', 'removal key'),
+    _site('ssm.surprise', 'batch pos head d_head d_state', "gradient of the memory's loss at step t"),
+    _site('ssm.momentum', 'batch pos head d_head d_state', 'what goes on from surprises, after step t'),
     _site('ssm.write', 'batch pos head d_head d_state', 'what step t adds to the state'),
     _site('ssm.state', 'batch pos head d_head d_state', 'the memory after the write of step t (H4)'),
     _site('ssm.y', 'batch pos head d_head', 'read-out, before the gate (H3)'),
@@ -72,7 +75,7 @@ BLOCK_SITES = MappingProxyType(dict([
     _site('mlp_out', 'batch pos d_model', 'what the MLP adds'),
     _site('resid_post', 'batch pos d_model', 'residual stream after the block')]))
 
-PER_STEP = ('ssm.write', 'ssm.state')  # the scan stops where these are read or edited
+PER_STEP = ('ssm.surprise', 'ssm.momentum', 'ssm.write', 'ssm.state')  # the scan stops at these
 HEAVY = (*PER_STEP, 'mlp.experts')
 
 # %% ../nbs/08_site.ipynb #SiteTable
@@ -255,6 +258,8 @@ class Adapter:
     "Sites far larger than the others (L copies of the memory, all experts of a token): read only when named."
     gate: Callable | None = None
     "(module of the recurrence, hear, hook): opens a gate that acts in a module of its own, see `seam`."
+    keys: Callable = lambda config, pos: pos
+    "(config, positions) -> columns of `attn.pattern`, meta tokens not counted."
     meta: Callable = lambda config: 0
     "config -> how many meta tokens the model puts before every prompt."
     beside: tuple[str, ...] = ()

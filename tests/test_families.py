@@ -4,12 +4,13 @@ import pytest
 import torch
 from checkpoints import SHAPES, in_float64, random_model
 from exact import float64
+from oracle_titans import fits
 
 from circuitbench.edit import add, apply, meta
 from circuitbench.hook import HookedModel
 from circuitbench.site import BLOCK_SITES, PER_STEP, families, short
 
-GATED_ATTENTION = 'qwen3-next', 'qwen3-5'                          # attn.z is after a gate that has no site
+GATED_ATTENTION = 'qwen3-next', 'qwen3-5', 'titans'               # attn.z is after a gate that has no site; Titans: see its oracle
 CASES = [(family, shape) for family in SHAPES for shape in range(len(SHAPES[family]))]
 
 
@@ -91,12 +92,18 @@ def test_padding_does_not_matter(model, side):
 def test_each_site_passes_once_with_its_shape(model, request):
     "All in one run; of each family's first shape each in a run of its own, too."
     ids, first = tokens(2, 21), request.node.callspec.params['model'][1] == 0
+    window = getattr(model.config, 'window', 0) if getattr(model.config, 'form', '') == 'mac' else 0     # Titans, segment after segment
+    by_segment = [n for n in model._names if window and short(n) in model.inside and short(n) not in PER_STEP]
+    segments = [min(window, 21 - t) for t in range(0, 21, window)] if window else []
     for names in [model._names, *([n] for n in model._names if first)]:
         seen = {}
         def note(n, seen=seen): return lambda x: seen.setdefault(n, []).append(tuple(x.shape)) or x.clone()
         model.run(ids, edit=[apply(n, note(n)) for n in names])
         for n in names:
             want = model.site_shape(n, 2, 21)
+            if n in by_segment:
+                assert [p[1] for p in seen[n]] == segments and {(*p[:1], *p[2:-1]) for p in seen[n]} == {(*want[:1], *want[2:-1])}, n
+                continue
             assert seen[n] == ([(2, 1, *want[2:])]*21 if short(n) in PER_STEP else [want]), n
 
 
@@ -145,7 +152,10 @@ def test_sites_fit_together(model):
         if 'resid_mid' in s: close(s['resid_post'], s['resid_mid'] + s['mlp_out'], 'the MLP adds')
         elif 'mixer_out' not in s: close(s['resid_post'], s['resid_pre'] + s['mlp_out'], 'an MLP alone')
         if 'attn.pattern' in s:
-            assert np.abs(np.triu(s['attn.pattern'].swapaxes(1, 2), 1 + model.meta)).max() == 0
+            extra = model.adapter.keys(model.config, 0) + model.meta                 # columns that are seen from everywhere
+            columns = np.arange(s['attn.pattern'].shape[-1]) - extra
+            each = model.adapter.keys(model.config, 1) - model.adapter.keys(model.config, 0)
+            assert np.abs(np.where((columns//each > np.arange(21)[:, None])[:, None], s['attn.pattern'], 0)).max() == 0
             np.testing.assert_allclose(s['attn.pattern'].sum(-1), 1, atol=1e-5)
         if 'attn.v' in s and model.adapter.family not in GATED_ATTENTION:
             v = np.concatenate([m['attn.v'], s['attn.v']], 1) if m else s['attn.v']
@@ -158,7 +168,8 @@ def test_sites_fit_together(model):
             for lag in range(K.shape[1]): c[:, lag:] += K[:, -1 - lag]*Bx[:, :Bx.shape[1] - lag]
             close(s['ssm.conv'], c, 'conv(B x)')
             close(s['ssm.out_proj_in'], C*s['ssm.conv'], 'C conv')
-        if 'ssm.state' in s and 'ssm.dt' in s:
+        if model.adapter.family == 'titans': fits(model, i, s, close)
+        elif 'ssm.state' in s and 'ssm.dt' in s:
             dt, x, B, C, decay = (s[f'ssm.{n}'] for n in ('dt', 'x', 'B', 'C', 'decay'))
             write = np.einsum('blhp,blhn->blhpn', dt[..., None]*x, B)
             decay = decay[..., None, None] if decay.ndim == 3 else decay[:, :, :, None]

@@ -7,7 +7,7 @@ from circuitbench.load import load_model
 from circuitbench.patching import StatePatches, by_ends, patch_states, state_gradients
 from circuitbench.site import families
 
-FAMILIES = [f for f in sorted(families()) if f not in ('llama', 'lfm2')]           # those two have no recurrence
+FAMILIES = [f for f in sorted(families()) if f not in ('llama', 'lfm2', 'titans')]  # without a recurrence, or with one that is not linear
 
 
 def metric(x): return x[:, 5] - x[:, 9]

@@ -14,7 +14,7 @@ from circuitbench.models.rwkv7 import Rwkv7TokenShift
 from circuitbench.site import families
 from circuitbench.taps import components, conv_taps, cut_tap, mixer_of, written_by_lag
 
-FAMILIES = [f for f in sorted(families()) if f not in ('llama', 'lfm2')]           # those two have no recurrence
+FAMILIES = [f for f in sorted(families()) if f not in ('llama', 'lfm2', 'titans')]  # without a recurrence, or with one that is not linear
 CONVOLVED = [f for f in FAMILIES if f != 'rwkv7']
 IDS = torch.randint(1, 60, (1, 24), generator=torch.Generator().manual_seed(3))
 
