@@ -251,7 +251,7 @@ class HookedModel:
         pad: str = 'right',
         state: State | None = None,
     ) -> dict[int, Mamba | Delta]:
-        "The inputs of the recurrences in one run, by block; ValueError for a block without one, or one that is not linear."
+        "The inputs of the recurrences in one run, by block; ValueError for a block without a linear one."
         layers = self.recurrent(layers)
         notes = self._run(prompt, edit, (), None, None, None, mask, pad, False, 'circuitbench', state, False, layers)[2]
         if any(i not in notes for i in layers):

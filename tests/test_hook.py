@@ -115,7 +115,9 @@ def test_state_edit_goes_on_as_the_equations_say(recurrent, ids):
     with kept(recurrent) as kappa: _, before = recurrent.run_with_cache(ids, 'blocks.0.ssm.*')
     _, after = recurrent.run_with_cache(ids, ['blocks.0.ssm.state', 'blocks.0.ssm.y'], edit=add(name, delta, at=t))
     site, want = lambda n, s: before[f'blocks.0.ssm.{n}'][:, s].double(), [delta[:, 0].double()]
-    for s in range(t + 1, ids.shape[1]):
+    learns = recurrent.adapter.family == 'titans'                           # whose next chunk takes its gradients elsewhere
+    end = 8 if learns else ids.shape[1]
+    for s in range(t + 1, end):
         a, D = site('decay', s), want[-1]
         left = D*(a[..., None, None] if a.dim() == 2 else a[:, :, None])
         if 'blocks.0.ssm.erase' in before:                                  # the removal looks for the key of the write
@@ -123,7 +125,8 @@ def test_state_edit_goes_on_as_the_equations_say(recurrent, ids):
             left = left - found*site('erase', s)[..., None, :]
         want.append(left)
     want = torch.stack(want, 1)
-    assert top((after[name] - before[name])[:, t:].double() - want) < 2e-5*max(1, top(before[name]))
+    assert top((after[name] - before[name])[:, t:end].double() - want) < 2e-5*max(1, top(before[name]))
+    if learns: return                                                       # a deep memory is read otherwise: test_titans
     read = torch.einsum('blhpn,blhn->blhp', want, before['blocks.0.ssm.C'][:, t:].double())
     assert top((after['blocks.0.ssm.y'] - before['blocks.0.ssm.y'])[:, t:].double() - read) < 2e-5*max(1, top(read))
 
@@ -135,7 +138,10 @@ def test_edits_of_decay_and_write(recurrent, ids):
     assert (top(forgotten) < 1e-6) == (recurrent.adapter.family != 'rwkv7')    # there the removal looks into the undecayed state
     silence = zero('blocks.0.ssm.write') | (zero('blocks.0.ssm.write', at=meta()) if recurrent.meta else ())
     _, deaf = recurrent.run_with_cache(ids, 'blocks.0.ssm.state', edit=silence)
-    assert top(deaf['blocks.0.ssm.state']) == 0
+    if recurrent.adapter.family != 'titans': assert top(deaf['blocks.0.ssm.state']) == 0
+    else:                                                                   # begins with weights that it has learned, and they fade
+        fades = recurrent.run_with_cache(ids, 'blocks.0.ssm.decay')[1]['blocks.0.ssm.decay'].cumprod(1)[..., None, None]
+        assert top(deaf['blocks.0.ssm.state'] - fades*recurrent.blocks[0].mixer.memory) < 1e-6
 
 
 def test_heads_and_positions(recurrent, ids):

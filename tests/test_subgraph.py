@@ -74,6 +74,7 @@ def test_masks_in_float(family, graph):
     keep = torch.rand(len(graph), generator=torch.Generator().manual_seed(4)) < .7
     kind = [graph.nodes[i] for i in graph.edges[:, 0].tolist()]
     keep |= torch.tensor([n.kind == 'port' and (n.branch == 'attn' or n.lag is not None or n.port == 'rest') for n in kind])
+    if keep.all(): keep[0] = False                                          # of few edges
     with torch.no_grad():
         want = run_edges(family, PAIRS, graph, keep)
         assert near(run_edges(family, PAIRS, graph, keep.float(), tokens=10**6), want)
