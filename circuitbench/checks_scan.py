@@ -320,7 +320,7 @@ def adds(
         'These are the weights: what they weigh has a length too, `np.linalg.norm(x, axis=1)`.': np.abs(M[-1]),
         'These are the weights with their signs; asked is a length, of weight times x.': M[-1],
         'A length has no sign: take `np.abs` of the weights.': M[-1]*x,
-        'This is a column, what the last token is read by; the last row is what it reads.': length(parts[:, -1]),
+        'This is a column, who reads the last token; the last row is what it reads.': length(parts[:, -1]),
         'This is the first row: the first token reads itself alone.': length(parts[0]),
         'This is the length of x; the weights are missing.': x}, 1e-3)
     return 'The largest part is of token 5, Cuba, and its weight is negative.'
