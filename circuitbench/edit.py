@@ -206,7 +206,11 @@ def add(
     "x -> x + vector."
     def _add(x, where):
         by_row = vector.dim() == x.dim() and vector.shape[1] > 1
-        return x + (_heads(_rows(vector, where, site), where) if by_row else vector).to(x)
+        v = (_heads(_rows(vector, where, site), where) if by_row else vector).to(x)
+        try: return x + v
+        except RuntimeError:
+            raise ValueError(f'got a vector of shape {tuple(vector.shape)} for {site}, expected one that fits '
+                             f'{tuple(x.shape)}: batch, chosen positions, then the axes of model.sites()') from None
     return _edit('add', site, _add, at, heads)
 
 def project_out(

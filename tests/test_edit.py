@@ -92,3 +92,8 @@ def test_errors(call, message):
 
 def test_a_tensor_may_be_a_position_list():
     assert zero('s', at=torch.tensor([1, 2])).pos == (1, 2) and isinstance(zero('s'), Edit)
+
+
+def test_a_vector_of_another_width_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match=r'got a vector of shape \(5,\) for resid_post, expected one that fits \(1, 3, 4\)'):
+        edited(add('resid_post', torch.ones(5)), torch.zeros(1, 3, 4))
