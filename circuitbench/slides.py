@@ -135,8 +135,8 @@ body>main>section{max-width:60rem;margin:0 auto;padding:2.2rem 2.4rem 3.4rem;bor
 h1{font-size:2.1em;line-height:1.15;margin:.6em 0 .4em} h2{font-size:1.5em;margin:.3em 0 .5em} h3{font-size:1.2em}
 p,li{max-width:48rem} li{margin:.25em 0} a{color:var(--s0)} blockquote{margin:.6em 0;padding:0 0 0 .8em;
 border-left:4px solid var(--line);color:var(--soft)} code,pre{font-family:ui-monospace,monospace;font-size:.82em}
-pre{background:color-mix(in srgb,var(--ink) 6%,transparent);padding:.6em .8em;border-radius:6px;overflow-x:auto;
-line-height:1.35;margin:.5em 0} table{border-collapse:collapse} td,th{padding:.15em .7em;text-align:left;
+pre{background:color-mix(in srgb,var(--ink) 6%,transparent);padding:.6em .8em;border-radius:6px;
+white-space:pre-wrap;line-height:1.35;margin:.5em 0} table{border-collapse:collapse} td,th{padding:.15em .7em;text-align:left;
 border-bottom:1px solid var(--line)} .out{font-size:.8em} .out img,.out svg{max-width:100%}
 .out pre{background:none;border-left:3px solid var(--line);border-radius:0} .cbv .tex path{fill:currentColor}
 .cbv section>table{font-size:1em}
@@ -147,7 +147,7 @@ footer{position:fixed;right:1rem;bottom:.6rem;font-size:13px;color:var(--soft);d
 footer button{font:inherit;color:inherit;background:none;border:1px solid var(--line);border-radius:5px;
 padding:.15rem .6rem;cursor:pointer}
 @media print{body.cbv{color-scheme:light;font-size:15px} footer{display:none!important} body>main>section,
-.on>main>section{display:block;min-height:0;border:0;break-after:page;padding:0} pre{white-space:pre-wrap}}
+.on>main>section{display:block;min-height:0;border:0;break-after:page;padding:0}}
 @page{size:A4 landscape;margin:14mm}"""
 _TURN = """const b=document.body,r=document.documentElement,s=[...document.querySelectorAll('main>section')];let at=0;
 const go=(i,quiet)=>{at=Math.max(0,Math.min(s.length-1,i));s.forEach((x,k)=>x.classList.toggle('now',k==at));
@@ -170,7 +170,7 @@ _SAFE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-sr
 def slide_page(
     title: str,
     cells: list[dict],  # of a notebook: sources and outputs as text, `metadata.slideshow.slide_type` on each
-    most: int = 16,  # lines of code that are shown; longer cells open on a click
+    most: int = 16,  # lines of code that are shown; longer cells, and figures' cells, open on a click
 ) -> str:
     "A notebook's slides as one HTML document."
     slides = []
@@ -192,10 +192,11 @@ def slide_page(
 
 def _code(cell: dict, most: int) -> str:
     "A code cell with its outputs."
-    source, long = cell['source'].strip('\n'), cell['source'].strip('\n').count('\n') >= most
-    shown = f'<pre>{esc(source)}</pre>'
-    if long: shown = f'<details><summary>code, {source.count(chr(10)) + 1} lines</summary>{shown}</details>'
-    out = ''.join(map(_output, cell.get('outputs', [])))
+    source, outputs = cell['source'].strip('\n'), cell.get('outputs', [])
+    drawn = any({'text/html', 'image/png', 'image/svg+xml'} & {*o.get('data', {})} for o in outputs)
+    shown, lines = f'<pre>{esc(source)}</pre>', source.count('\n') + 1
+    if lines > (2 if drawn else most): shown = f'<details><summary>code, {lines} lines</summary>{shown}</details>'
+    out = ''.join(map(_output, outputs))
     return shown + (f'<div class="out">{out}</div>' if out else '')
 
 def _output(o: dict) -> str:
