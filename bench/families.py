@@ -43,6 +43,8 @@ SIZES = {                                            # four blocks of d_model 51
                         linear_head_dim=64, linear_num_heads=8),
     'hymba': dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2),
     'rwkv7': dict(hidden_size=512, num_hidden_layers=4, head_dim=64, intermediate_size=2048),
+    'titans': dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, memory_heads=8, window=64,
+                   memory_chunk=16, intermediate_size=1024),
     'mamba2attn': dict(hidden_size=512, num_hidden_layers=4, num_heads=16, head_dim=64, state_size=64, n_groups=1,
                        chunk_size=256, attn_num_heads=8, attn_num_heads_kv=2, attn_head_dim=64, attn_rotary_emb_dim=32),
     'lfm2': dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,

@@ -173,6 +173,18 @@ def test_pieces_with_padding_equal_the_whole(form):
 
 
 @pytest.mark.parametrize('form', FORMS)
+def test_a_state_is_gone_on_from_with_its_momentum(form, tmp_path):
+    "Cut within a chunk and a segment; through a file; the momentum is part of what is carried."
+    model, ids = opened(form, memory_chunk=4, window=6), tokens(21, 2)
+    whole, state = model.run(ids).logits, model.run(ids[:, :9], keep_state=True).state
+    state.save(tmp_path/'s.safetensors')
+    again = type(state).load(tmp_path/'s.safetensors')
+    assert torch.allclose(model.run(ids[:, 9:], state=again).logits, whole[:, 9:], atol=2e-5)
+    forgetful = state.map(torch.zeros_like, 'conv')
+    assert not torch.allclose(model.run(ids[:, 9:], state=forgetful).logits, whole[:, 9:], atol=1e-3)
+
+
+@pytest.mark.parametrize('form', FORMS)
 def test_beams_carry_their_own_memory(form):
     "The best of three beams is as likely as it says, run anew."
     hf, ids = random_model('titans', dict(form=form, window=5)), tokens(9)
