@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .chart import lines
+from .direction import finite
 from .edit import Edits
 from .hook import HookedModel
 from .interventions import Interventions, Step, Token
 from .judge import Interval, bootstrap
 from .scores import (  # noqa: F401
     NeutralText, Outcome, Score, by_length, judged, keywords, log_prob, outcome_table, prefers, prompt_rows, scored)
-from .step import finite
 from .view import save_page
 
 _all_ = ['Score', 'judged', 'keywords', 'log_prob', 'prefers']

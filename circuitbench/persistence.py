@@ -8,22 +8,20 @@ __all__ = ['Persistence', 'check_write', 'persistence', 'Fit', 'fit', 'persisten
 # %% ../nbs/77_persistence.ipynb #imports
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
-from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .chart import heatmap, lines
-from .direction import Direction
+from .direction import Direction, finite
 from .draw import wrap
 from .edit import Edit
 from .file import read_record, write_record
 from .hook import HookedModel
 from .lasting import continued, left, token_id
+from .scores import kl_divergence
 from .site import short
-from .steer import kl_divergence
 
 # %% ../nbs/77_persistence.ipynb #Persistence
 @dataclass(frozen=True, eq=False)
@@ -112,8 +110,7 @@ def check_write(model: HookedModel, direction, strength) -> tuple[Direction, tup
     if not isinstance(direction, Direction): raise TypeError(f'got {type(direction).__name__}, expected a Direction')
     direction = direction.check(model)
     if short(direction.site) != 'ssm.state': raise ValueError(f'got {direction}, expected a direction of ssm.state')
-    if not isinstance(strength, Real) or not isfinite(strength) or not strength:
-        raise ValueError(f'got strength={strength!r}, expected a finite number other than 0')
+    if not finite('strength', strength): raise ValueError('got strength=0, expected a number other than 0')
     return direction, direction.heads or tuple(range(model.heads(direction.site)))
 
 @torch.no_grad()

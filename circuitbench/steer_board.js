@@ -17,9 +17,9 @@ border-top:1px solid var(--line);padding:.45rem 0 .45rem .6rem;border-left:4px s
 .steer h4{font:inherit;font-weight:600;margin:.2rem 0} .steer .strip{max-height:11em;overflow-y:auto;line-height:2.1;padding:3px}
 .steer .strip button{padding:0 .2em;margin:1px;border-radius:3px;border:1px solid var(--line);white-space:pre;line-height:1.5;font-size:14px;cursor:pointer}
 .steer .strip button:disabled{opacity:1;cursor:default} .steer .strip button[aria-pressed=true]{outline:2px solid var(--c);outline-offset:0;border-color:var(--c);font-weight:600}
-.steer .strip i{display:inline-block;width:.5em;height:.5em;border-radius:50%;background:var(--c);margin-left:.15em;vertical-align:.45em}
+.steer .strip .later{margin-left:.6em;font-style:italic} .steer .strip i{display:inline-block;width:.5em;height:.5em;border-radius:50%;background:var(--c);margin-left:.15em;vertical-align:.45em}
 .steer .texts{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;margin-top:.7rem} .steer .texts>div{flex:1 1 17rem;min-width:0} .steer .texts .tk{min-height:5.7em;font-size:15px}
-.steer .tk{white-space:pre-wrap} .steer .tk :is(span,mark){display:inline;padding:0 0 1px;margin:0;box-shadow:none;border-radius:0} .steer .tk mark{border-bottom:0}
+.steer .tk{white-space:pre-wrap} .cbv.steer .tk :is(span,mark){display:inline;padding:0 0 1px;margin:0;box-shadow:none;border-radius:0} .steer .tk mark{border-bottom:0}
 .steer .numbers{display:flex;flex-wrap:wrap;gap:.2rem 1.6rem;margin:.4rem 0;color:var(--soft)} .steer .numbers b{color:var(--ink)}
 .steer .tabs{display:flex;flex-wrap:wrap;gap:.3rem;margin-top:1rem;border-bottom:1px solid var(--line)} .steer .tabs button{border-bottom:0;border-radius:6px 6px 0 0}
 .steer .tabs button[aria-selected=true]{background:var(--ink);color:var(--back);border-color:var(--ink)} .steer .pane{padding:.6rem 0;min-height:7rem}
@@ -27,7 +27,7 @@ border-top:1px solid var(--line);padding:.45rem 0 .45rem .6rem;border-left:4px s
 .steer .busy::before{content:'';display:inline-block;width:.6em;height:.6em;border-radius:50%;background:var(--s1);margin-right:.4em}
 .steer .er{margin:.4rem 0;white-space:pre-wrap;overflow-wrap:anywhere} .steer.slim .row{grid-template-columns:minmax(0,1fr)} .steer.slim .said{padding:0}`
 
-const HTML = `<div class="bar"><span class="model"></span><label>tokens to write <input class="new" type="number" min="1" max="500"></label>
+const HTML = `<div class="bar"><span class="model"></span><label>tokens to write <input class="new" type="number" min="1"></label>
 <button class="stop" type="button">Stop</button><span class="busy" role="status"></span><span class="still-note note end" hidden>Saved page: the controls stand still without a kernel.</span></div>
 <div class="er" role="alert" hidden></div><div class="rows"></div>
 <div class="bar"><h4>Prompt</h4><label class="for">tokens of <select class="which"></select></label><span class="note hint"></span></div><div class="strip" role="group" aria-label="Tokens of the prompt"></div>
@@ -40,6 +40,8 @@ const HTML = `<div class="bar"><span class="model"></span><label>tokens to write
 
 const KINDS = {push: 'push at every token', chosen: 'push at chosen tokens', write: 'write once', ablate: 'ablate'}
 const WAIT = 250                                              // milliseconds in which moves are gathered
+const SAID = 12                                               // tokens that are named
+const late = r => r.later && r.kind == 'chosen'
 const picks = r => r.kind == 'chosen' || r.kind == 'write'
 const shown = s => s.replace(/^ +| +$/g, a => '·'.repeat(a.length)).replace(/\n/g, '⏎').replace(/\t/g, '⇥') || '∅'
 const element = (tag, text, more) => Object.assign(document.createElement(tag), {textContent: text}, more)
@@ -57,8 +59,8 @@ export function mount(root, state, tell) {
     Object.assign(rows[k], more)
     const r = rows[k]
     if ('kind' in more && picks(r)) { which = k
-      if (!r.at.length) r.at = [last]
-      if (r.kind == 'write') r.at = r.at.slice(-1) }
+      if (r.kind == 'write') r.at = r.at.filter(t => t <= last).slice(-1)
+      if (!r.at.length && !(r.later && r.kind == 'chosen')) r.at = [last] }
     sync(); later()
   }
 
@@ -94,23 +96,28 @@ export function mount(root, state, tell) {
     })
     about.tokens.forEach((s, t) => { const b = element('button', '', {type: 'button', title: `${t}: ${JSON.stringify(s)}`, onclick: () => pick(t)})
       $('.strip').append(b) })
-    $('.model').textContent = about.model
+    $('.strip').append(element('button', 'every written token', {type: 'button', className: 'later', title: 'Every token that is written after the prompt',
+      onclick: () => change(which, {later: !rows[which].later})}))
+    $('.new').max = about.most; $('.model').textContent = about.model
     if (!tell) for (const e of box.querySelectorAll('.bar input,.rows :is(input,select),.which,.strip button,.go')) e.disabled = true
     $('.still-note').hidden = !!tell; $('.stop').hidden = !tell
+    for (const e of box.querySelectorAll('input,select,button,[tabindex]')) e.dataset.lmSuppressShortcuts = true   // JupyterLab looks at the focused one first
   }
   function pick(t) {
     if (which < 0) return
     const at = rows[which].at
     change(which, {at: rows[which].kind == 'write' ? [t] : at.includes(t) ? at.filter(p => p != t) : [...at, t].sort((a, b) => a - b)})
   }
-  const idle = r => !r.on ? 'off' : r.kind != 'ablate' && !r.strength ? 'at strength 0: does nothing' : picks(r) && !r.at.length ? 'no token is chosen: does nothing' : ''
-  const words = r => idle(r) || (picks(r) ? `at ${r.at.map(t => `${t} ${JSON.stringify(about.tokens[t])}`).join(', ')}` : '')
+  const idle = r => !r.on ? 'off' : r.kind != 'ablate' && !r.strength ? 'at strength 0: does nothing' : picks(r) && !r.at.length && !late(r) ? 'no token is chosen: does nothing' : ''
+  const named = r => [...r.at.slice(0, SAID).map(t => t > last ? `${t}, after the prompt` : `${t} ${JSON.stringify(about.tokens[t])}`),
+    ...r.at.length > SAID ? [`${r.at.length - SAID} more`] : [], ...late(r) ? ['every token that is written'] : []]
+  const words = r => idle(r) || (picks(r) ? `at ${named(r).join(', ')}` : '')
   const typed = (e, v) => { if (e != e.getRootNode().activeElement) e.value = v }   // what is being typed stays
   function sync() {                                           // what the settings say, into the controls
     lines.forEach(({row, q, slide, number, on}, k) => {
-      const r = rows[k], d = about.directions[k], reach = Math.max(about.reach, Math.abs(r.strength)), ends = q('.ends').children
+      const r = rows[k], d = about.directions[k], reach = Math.max(d.reach, Math.abs(r.strength)), ends = q('.ends').children
       on.checked = r.on; row.classList.toggle('idle', !!idle(r))
-      slide.min = -reach; slide.max = reach; slide.step = +(about.reach / 40).toPrecision(2); slide.value = r.strength
+      slide.min = -reach; slide.max = reach; slide.step = +(d.reach / 40).toPrecision(2); slide.value = r.strength
       typed(number, +r.strength.toPrecision(6))
       slide.setAttribute('aria-valuetext', `${short(r.strength)} lengths`)
       ends[0].textContent = `−${short(reach)}`; ends[2].textContent = `+${short(reach)}`
@@ -127,10 +134,11 @@ export function mount(root, state, tell) {
       : rows[which].kind == 'write' ? 'Pick the token after which is written.' : 'Pick the tokens that are pushed.'
     $('.strip').style.setProperty('--c', colour(Math.max(0, which)));
     [...$('.strip').children].forEach((b, t) => {
-      const mine = which >= 0 && rows[which].at.includes(t)
-      b.replaceChildren(shown(about.tokens[t]), ...able.filter(k => rows[k].at.includes(t) && rows[k].on).map(k => {
+      const after = t > last, has = r => after ? late(r) : r.at.includes(t)
+      b.replaceChildren(after ? 'every written token' : shown(about.tokens[t]), ...able.filter(k => has(rows[k]) && rows[k].on).map(k => {
         const dot = element('i', ''); dot.style.setProperty('--c', colour(k)); return dot }))
-      b.setAttribute('aria-pressed', mine); b.disabled = !tell || which < 0
+      b.setAttribute('aria-pressed', which >= 0 && has(rows[which])); b.disabled = !tell || which < 0
+      if (after) b.hidden = !rows.some(r => r.kind == 'chosen') || which >= 0 && rows[which].kind != 'chosen'
     })
   }
 
@@ -160,7 +168,7 @@ export function mount(root, state, tell) {
 
   // -- listening
   build(); sync(); texts(state.result); report(); pane()
-  $('.new').oninput = e => { const v = Math.round(+e.target.value); if (v >= 1 && v <= 500 && v != n) { n = v; later() } }
+  $('.new').oninput = e => { const v = Math.round(+e.target.value); if (v >= 1 && v <= about.most && v != n) { n = v; later() } }
   $('.new').onblur = sync
   $('.which').onchange = e => { which = +e.target.value; sync() }
   $('.stop').onclick = () => { clearTimeout(due); due = 0; tell({do: 'stop'}) }
@@ -187,7 +195,7 @@ export function mount(root, state, tell) {
   }
 }
 
-// From the page of `SteeringInspector.to_html`.
+// From the page of `SteerInspector.to_html`.
 export function show() {
   const state = JSON.parse(document.getElementById('steer-state').textContent)
   return mount(document.getElementById('steer'), {error: '', busy: '', ...state}, null)

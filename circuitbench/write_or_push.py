@@ -9,20 +9,19 @@ __all__ = ['WriteOrPush', 'write_or_push']
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import isfinite, log2
-from numbers import Real
+from math import log2
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
 from .chart import lines
-from .direction import Direction
+from .direction import Direction, finite
 from .hook import HookedModel
 from .lasting import continued, token_id
 from .persistence import check_write, figure
+from .scores import kl_divergence
 from .site import short
-from .steer import kl_divergence
 
 # %% ../nbs/78_write_or_push.ipynb #WriteOrPush
 @dataclass(frozen=True, eq=False)
@@ -81,8 +80,7 @@ def write_or_push(
     write, push = check_write(model, direction_state, 1)[0], direction_residual.check(model)
     if short(push.site) in ('ssm.state', 'ssm.write'):
         raise ValueError(f'got {push}, expected a direction of another site than the state')
-    if kl is not None and not (isinstance(kl, Real) and 0 < kl and isfinite(kl)):
-        raise ValueError(f'got kl={kl!r}, expected a finite number above 0')
+    if kl is not None and not finite('kl', kl) > 0: raise ValueError(f'got kl={kl}, expected more than 0')
     score, run = _scorer(model, score), _runner(model, prompts, texts, n)
     edit = lambda d, s: lambda at: d.push(s, at if d.site == write.site else slice(at, None))
     clean = run(lambda at: ())

@@ -7,18 +7,18 @@ from browser import CONTRAST, chromium, jupyter_lab, notebook_page, set_theme, w
 from circuitbench.direction import latent_direction, state_difference
 from circuitbench.load import load_model
 from circuitbench.sae import SAE
-from circuitbench.steer_board import SteeringInspector
+from circuitbench.steer_board import SteerInspector
 
 FRANCE, EGYPT = (f' Question: what is the capital of {land}?' for land in ('France', 'Egypt'))
 ROWS = {'latent 878': dict(strength=2., kind='chosen', at=[4, 5]), 'France to Egypt': dict(strength=1.)}
 CODE = """from circuitbench.direction import latent_direction, state_difference
 from circuitbench.load import load_model
 from circuitbench.sae import SAE
-from circuitbench.steer_board import SteeringInspector
+from circuitbench.steer_board import SteerInspector
 model, coder = load_model('tiny://mamba2'), SAE.load('tiny://mamba2/blocks.3.resid_post')
 france, egypt = (f' Question: what is the capital of {land}?' for land in ('France', 'Egypt'))
 directions = {'latent 878': latent_direction(model, coder, 878), 'France to Egypt': state_difference(model, egypt, france, layer=2, heads=3)}
-look = SteeringInspector(model, france, directions, new=8)
+look = SteerInspector(model, france, directions, new=8)
 look"""
 
 
@@ -31,7 +31,7 @@ def browser():
 def board():
     model, coder = load_model('tiny://mamba2'), SAE.load('tiny://mamba2/blocks.3.resid_post')
     ds = {'latent 878': latent_direction(model, coder, 878), 'France to Egypt': state_difference(model, EGYPT, FRANCE, layer=2, heads=3)}
-    return SteeringInspector(model, FRANCE, ds, ROWS, new=10).dose('France to Egypt', [0., .5, 1.]).persist('France to Egypt')
+    return SteerInspector(model, FRANCE, ds, ROWS, new=10).dose('France to Egypt', [0., .5, 1.]).persist('France to Egypt')
 
 
 @pytest.fixture(scope='module')
@@ -156,6 +156,22 @@ def test_tokens_are_picked_in_the_strip(browser, heard):
         assert page.locator('.which').input_value() == '1' and token(0).is_enabled()
         row(page, 1).locator('.kind').select_option('push')
         assert token(0).is_disabled() and 'Every token is pushed' in page.inner_text('.hint') and seen.errors == []
+
+
+def test_written_tokens_are_picked_all_at_once(browser, heard):
+    with watched_page(browser) as (page, seen):
+        opened(page, heard)
+        later = page.locator('.strip .later')
+        assert later.is_visible() and later.get_attribute('aria-pressed') == 'false'
+        later.click()
+        got = told(page, 1)[-1]['rows'][0]
+        assert got['later'] and got['at'] == [4, 5] and later.get_attribute('aria-pressed') == 'true' and later.locator('i').count() == 1
+        assert row(page, 0).locator('.said').inner_text() == 'at 4 " the", 5 " capital", every token that is written'
+        for t in (4, 5): page.locator('.strip button').nth(t).click()
+        assert told(page, 2)[-1]['rows'][0]['at'] == [] and 'does nothing' not in row(page, 0).inner_text()
+        page.locator('.which').select_option('1')
+        assert not later.is_visible()                                      # a state is written once
+        assert seen.errors == []
 
 
 def test_what_the_kernel_says_is_shown(browser, board, heard):

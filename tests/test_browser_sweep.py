@@ -101,7 +101,12 @@ def test_inspectors_in_jupyterlab(browser, tmp_path):
         live(1).locator('select').first.select_option(label='change of the output')
         changed = "e => e.querySelector('figcaption').textContent.startsWith('Change of the output')"
         page.wait_for_function(changed, arg=live(1).element_handle())
-        assert 'strength 2 ' in live(2).text_content()
-        live(2).locator('.noUi-handle').press('ArrowRight')
-        page.wait_for_function("e => e.textContent.includes('strength 2.25 ')", arg=live(2).element_handle())
+        page.wait_for_function("e => e.querySelector('.steer').dataset.written == 4", arg=live(2).element_handle())
+        slider, number = (live(2).locator(f'.row input[type={kind}]') for kind in ('range', 'number'))
+        assert slider.input_value() == number.input_value() == '2' and 'blocks.1.ssm.out_proj_in' in live(2).locator('.row').text_content()
+        slider.press('ArrowRight')
+        assert number.input_value() == '2.1'
+        page.keyboard.press('Escape')
+        live(2).locator('[data-tab=code]').click()
+        page.wait_for_function("e => e.querySelector('pre').textContent.includes('push(d0, 2.1*d0.norm)')", arg=live(2).element_handle())
         assert not seen.errors

@@ -7,10 +7,13 @@ import pytest
 import torch
 from test_sweep import bare, rest
 
+from circuitbench.direction import given_direction
 from circuitbench.load import load_model
 from circuitbench.sae import SAE, SAEConfig
+from circuitbench.scores import kl_divergence
 from circuitbench.site import SiteError
-from circuitbench.steer import Steered, SteerInspector, kl_divergence, steer, steer_view, sweep_view
+from circuitbench.steer import Steered, steer, steer_view, sweep_view
+from circuitbench.steer_board import SteerInspector
 
 TEXT = 'Hello you'
 IDS = [5, 9, 41, 7, 200, 9, 3]
@@ -267,21 +270,61 @@ def test_a_page_is_written_whole_or_not_at_all(pushed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspector_runs_each_strength_once(pushed, tmp_path):
-    look = pushed.inspect(limit=80)
-    assert isinstance(look, SteerInspector) and look.values == {'strength': 40.} and look.steered is pushed
-    assert look.html == steer_view(pushed)
-    first, runs = look.html, len(look.done)
-    assert look.set(strength=-2.).html != first and len(look.done) == runs + 1 and look.steered.strength == -2
-    look.set(strength=40.)
-    assert look.html == first and len(look.done) == runs + 1
-    with pytest.raises(ValueError, match='-80 to 80'): look.set(strength=90.)
-    assert look.to_html(tmp_path/'i.html').read_text().count('data-k="') == len(look.done)
+def begins_with(look, out):
+    "Does an inspector show what a result says?"
+    assert isinstance(look, SteerInspector) and tuple(look.result['steered']) == out.text_tokens and look.about['tokens'] == [*out.tokens]
+    np.testing.assert_allclose(look.result['kl'], out.text_kl, rtol=1e-3, atol=1e-6)
+    assert look.result['mean_kl'] == pytest.approx(out.text_kl_mean, rel=1e-3, abs=1e-7)
+    d, = look.directions.values()
+    assert (d.site, d.source) == (out.site, out.label)
+    assert look.rows[0].strength == out.strength and d.norm == pytest.approx(1, rel=1e-6)
 
 
-def test_inspector_over_strengths_that_were_run(pushed):
-    look = pushed.inspect(strengths=[-4, 0])
-    assert sorted(look.done) == [-4., 0., 40.] and look.values == {'strength': 40.}
-    assert look.set(strength=0.).steered.delta_norm == 0
-    with pytest.raises(ValueError, match='one of'): look.set(strength=1.)
-    assert pushed.again(0.).inspect().controls['strength'].max == 8.
+@pytest.mark.parametrize('at, chosen', AT)
+def test_the_inspector_begins_with_the_result(model, at, chosen):
+    kw = dict(vector=vector(64), layer=0, at=at, max_new_tokens=7)
+    out = steer(model, TEXT, strength=6., **kw)
+    look = out.inspect()
+    begins_with(look, out)
+    n = len(TEXT)
+    assert look.result['clean_ids'] == model.generate(TEXT, 7).tokens[0, n:].tolist() and look.settings['new'] == 7
+    with look.plan.on(model): planned = model.run(TEXT).logits[0]
+    np.testing.assert_allclose(kl_numpy(model.run(TEXT).logits[0], planned), out.kl, rtol=1e-3, atol=1e-6)
+    begins_with(look.set(out.label, strength=-3.).set(out.label, strength=6.), out)
+    more = steer(model, TEXT, strength=-3., **kw)
+    begins_with(out.again(-3.).inspect(), more)
+    assert look.set(out.label, strength=-3.).result['steered_ids'] == model.generate(TEXT, 7, edit=more.edit).tokens[0, n:].tolist()
+
+
+@pytest.mark.parametrize('options', [dict(do_sample=True, seed=2), dict(do_sample=True), dict(repetition_penalty=1.3), dict(no_repeat_ngram_size=1)])
+def test_the_inspector_writes_under_the_options_of_the_call(model, options):
+    out = steer(model, TEXT, vector=vector(64), strength=4., layer=1, max_new_tokens=9, **options)
+    look = out.inspect()
+    begins_with(look, out)
+    assert look.set(out.label, strength=0.).result['steered_ids'] == look.result['clean_ids']
+    assert model.tokenizer.decode(look.result['clean_ids'], skip_special_tokens=True) == out.clean_text
+
+
+def test_the_inspector_of_a_latent_of_a_state_and_of_no_text(model):
+    coder = Coder(64, 'blocks.1.ssm.out_proj_in')
+    ids = steer(model, IDS, 7, 2., coder, max_new_tokens=5)
+    begins_with(ids.inspect(), ids)
+    shape = model.site_shape('blocks.1.ssm.state', 1, 1)[2:]
+    state = steer(model, TEXT, vector=vector(math.prod(shape)), strength=2., layer=1, site='ssm.state', max_new_tokens=5)
+    begins_with(state.inspect(), state)
+    assert state.inspect().rows[0].kind == 'push'
+    none = steer(model, TEXT, vector=vector(64), strength=0., layer=1, max_new_tokens=0)
+    look = none.inspect()
+    assert look.result['steered_ids'] == look.result['clean_ids'] and len(look.result['kl']) == 24 and look.about['directions'][0]['reach'] == 8
+    with pytest.raises(ValueError, match='num_beams=1'): steer(model, TEXT, vector=vector(64), layer=1, max_new_tokens=3, num_beams=2).inspect()
+
+
+def test_more_rows_beside_the_push(pushed):
+    other = given_direction(load_model('mock://mamba2-tiny'), vector(32, 1), 'resid_post', 0, source='another')
+    look = pushed.inspect(limit=90, directions=[other], score='a')
+    reach = lambda look: [c['reach'] for c in look.about['directions']]
+    assert [r.name for r in look.rows] == ['a vector', 'another'] and reach(look) == [90, 4] and look.about['score'] == "probability of 'a'"
+    assert tuple(look.result['steered']) == pushed.text_tokens and look.set('another', strength=3.).result['rows'][1]['strength'] == 3
+    assert reach(pushed.inspect()) == [80] and reach(pushed.inspect(limit=1)) == [40]
+    with pytest.raises(ValueError, match='a name of its own'): pushed.inspect(directions={'a vector': other})
+    with pytest.raises(TypeError, match='expected a Direction'): pushed.inspect(directions=[3])

@@ -8,9 +8,10 @@ import torch
 
 from circuitbench.direction import Direction, given_direction, state_difference
 from circuitbench.draw import esc, num
+from circuitbench.edit import Edit
 from circuitbench.interventions import plan, push, write
 from circuitbench.load import load_model
-from circuitbench.steer_board import SteeringInspector
+from circuitbench.steer_board import SteerInspector
 from circuitbench.steer_rows import SteerRow, placed, steer_code
 
 PROMPT = list(range(5, 17))
@@ -35,10 +36,13 @@ def directions(model):
 
 @pytest.fixture
 def board(model, directions):
-    made = SteeringInspector(model, PROMPT, directions, new=8)
+    made = SteerInspector(model, PROMPT, directions, new=8)
     made.sent = []
     made.send = lambda content, buffers=None: made.sent.append(json.loads(json.dumps(content, allow_nan=False)))
     return made
+
+
+def own(out): return out.tokens[0, out.prompt:].tolist()
 
 
 def told(board, **content): board._handle_custom_msg(json.loads(json.dumps(content)), [])
@@ -67,8 +71,7 @@ def test_the_texts_are_those_of_generate(family):
     model = load_model(f'mock://{family}-tiny')
     layer = model.recurrent()[-1]
     ds = {'a': vector(model, 'resid_post', 0), 'b': vector(model, 'ssm.state', layer, 1)}
-    board = SteeringInspector(model, PROMPT, ds, {'a': dict(strength=1.5), 'b': dict(strength=2., at=4)}, new=10)
-    own = lambda out: out.tokens[0, out.prompt:].tolist()
+    board = SteerInspector(model, PROMPT, ds, {'a': dict(strength=1.5), 'b': dict(strength=2., at=4)}, new=10)
     assert board.result['clean_ids'] == own(model.generate(PROMPT, 10))
     with board.plan.on(model): assert board.result['steered_ids'] == own(model.generate(PROMPT, 10))
     assert board.result['steered'] == model.strings(torch.tensor(board.result['steered_ids'])) and len(board.plan) == 2
@@ -76,6 +79,88 @@ def test_the_texts_are_those_of_generate(family):
     kl, ratio = kl_and_ratio(model, board)
     assert np.allclose(board.result['kl'], kl, rtol=2e-3, atol=1e-5)
     assert np.isclose(board.result['mean_kl'], kl.mean(), rtol=2e-3) and np.isclose(board.result['ratio'], ratio, rtol=2e-3)
+
+
+SETTINGS = [dict(repetition_penalty=1.4), dict(no_repeat_ngram_size=1), dict(suppress_tokens=[*range(0, 257, 2)]), dict(bad_words_ids=[[7], [9, 9]]),
+            dict(forced_eos_token_id=33), dict(sequence_bias=[[[33], 4.]]), dict(repetition_penalty=1.2, min_new_tokens=4), dict(max_length=3)]
+
+
+@pytest.mark.parametrize('family', ['mamba2', 'rwkv7', 'jamba', 'hymba'])
+@pytest.mark.parametrize('wanted', SETTINGS, ids=lambda s: ', '.join(s))
+def test_the_texts_follow_the_generation_config(family, wanted):
+    model = load_model(f'mock://{family}-tiny')
+    plain = own(model.generate(PROMPT, 12))
+    for k, v in wanted.items(): setattr(model.hf.generation_config, k, v)
+    model.hf.generation_config.eos_token_id = ends = [plain[6], 250]
+    board = SteerInspector(model, PROMPT, {'a': vector(model, 'resid_post', 0)}, {'a': dict(strength=2.)}, new=12)
+    clean = own(model.generate(PROMPT, 12))
+    assert board.result['clean_ids'] == clean and (clean != plain or len(clean) < 12)
+    assert not {*clean[:-1]} & {*ends}
+    with board.plan.on(model): assert board.result['steered_ids'] == own(model.generate(PROMPT, 12))
+    kl, ratio = kl_and_ratio(model, board)                                 # of what the model says, before the settings
+    assert np.allclose(board.result['kl'], kl, rtol=2e-3, atol=1e-5) and np.isclose(board.result['ratio'], ratio, rtol=2e-3)
+    assert board.set(new=5).result['clean_ids'] == own(model.generate(PROMPT, 5))
+    with board.plan.on(model): assert board.result['steered_ids'] == own(model.generate(PROMPT, 5))
+
+
+def test_a_penalty_on_repeats_is_that_of_the_equation(model):
+    "By hand: logits of tokens that were there, divided where positive and multiplied where negative."
+    board = SteerInspector(model, PROMPT, {'a': vector(model, 'resid_post', 0)}, {'a': dict(strength=1.)}, new=10, repetition_penalty=1.5)
+    for key, edited in ('clean_ids', False), ('steered_ids', True):
+        ids = torch.tensor([PROMPT])
+        for _ in range(10):
+            logits = model.run(ids, board.plan.edits(model, ids, len(PROMPT)) if edited else ()).logits[0, -1]
+            seen = ids[0].unique()
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen]/1.5, logits[seen]*1.5)
+            ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+        assert ids[0, len(PROMPT):].tolist() == board.result[key]
+    made = dict(model=model, directions=board.directions)
+    exec(board.code, made)
+    assert own(made['out']) == board.result['steered_ids'] and 'repetition_penalty=1.5' in board.code
+
+
+OPTIONS = [dict(do_sample=True, seed=3), dict(do_sample=True, temperature=1.7, top_k=20, seed=5), dict(stop_strings=['e', 'a']), dict(bad_words_ids=[[33]])]
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=lambda s: ', '.join(s))
+def test_the_texts_follow_the_options(options):
+    model = load_model('tiny://mamba2')
+    prompt = ' Question: what is the capital of France?'
+    if 'stop_strings' in options: options = options | dict(tokenizer=model.tokenizer)
+    ds = {'a': vector(model, 'resid_post', 1)}
+    state = torch.random.get_rng_state()
+    board = SteerInspector(model, prompt, ds, {'a': dict(strength=4.)}, new=14, **options)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert board.result['clean_ids'] == own(model.generate(prompt, 14, **options))
+    with board.plan.on(model): want = own(model.generate(prompt, 14, **options))
+    assert board.result['steered_ids'] == want and ('stop_strings' in options) == (len(want) < 14)
+    assert board.set('a', strength=1.).set('a', strength=4.).result['steered_ids'] == want
+    made = dict(model=model, directions=ds, tokenizer=model.tokenizer)
+    exec(board.code, made)
+    assert own(made['out']) == want
+
+
+def test_draws_without_a_seed_are_shared_by_both_texts(model, directions):
+    board = SteerInspector(model, PROMPT, directions, new=10, do_sample=True)
+    assert board.result['clean_ids'] == board.result['steered_ids'] and f'seed={board.seed}' in board.code
+
+
+@pytest.mark.parametrize('options', [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True)])
+def test_what_is_not_written_token_by_token_is_refused(model, directions, options):
+    with pytest.raises(ValueError, match='num_beams=1'): SteerInspector(model, PROMPT, directions, new=4, **options)
+
+
+@pytest.mark.parametrize('at', [[], [3, 5], [11, 14, 15]])
+def test_every_written_token_can_be_pushed_alone(board, model, directions, at):
+    board.set('a push', strength=2., kind='chosen', at=at, later=True)
+    d = directions['a push']
+    def _add(x, where):
+        share = torch.tensor([float(p >= len(PROMPT) or p in at) for p in where.pos])
+        return x + share[:, None]*2*d.vector
+    assert board.result['steered_ids'] == own(model.generate(PROMPT, 8, edit=Edit('blocks.0.resid_post', _add)))
+    assert 'every token that is written' in board.html and board.result['steered_ids'] != board.result['clean_ids']
+    board.set('a push', later=False)
+    with board.plan.on(model): assert board.result['steered_ids'] == own(model.generate(PROMPT, 8))
 
 
 def test_without_a_step_both_texts_are_one(board):
@@ -93,11 +178,11 @@ def same(a, b):
 
 @pytest.mark.parametrize('rows', [
     [], [('a', dict(strength=.3))], [('a', dict(strength=-2., kind='chosen', at=[1, 3]))], [('a', dict(kind='ablate', layer=1))],
-    [('a', dict(strength=1., layer=1)), ('s', dict(strength=1.))], [('s', dict(strength=2., head=0, at=-2, layer=0))],
+    [('a', dict(strength=1., layer=1)), ('s', dict(strength=1.))], [('a', dict(strength=1., kind='chosen', at=[13, 2]))], [('s', dict(strength=2., head=0, at=-2, layer=0))],
     [('all', dict(strength=1.5, head=3)), ('s', dict(kind='push', strength=.1))], [('all', dict(strength=1., kind='chosen')), ('two', dict(strength=1., head=3))]])
 def test_the_code_makes_the_plan_and_the_text(model, rows):
     ds = {'a': vector(model, 'resid_post', 0), 's': vector(model, 'ssm.state', 1, 1, [2]), 'all': vector(model, 'ssm.state', 0, 2), 'two': vector(model, 'ssm.state', 1, 3, [1, 3])}
-    board = SteeringInspector(model, PROMPT, ds, dict(rows), new=6)
+    board = SteerInspector(model, PROMPT, ds, dict(rows), new=6)
     made = dict(model=model, directions=ds)
     exec(board.code, made)
     assert same(made['steps'], board.plan) and len(board.plan) == len(rows) and made['prompt'] == PROMPT
@@ -108,7 +193,7 @@ def test_the_code_of_a_shipped_model_writes_the_text(capsys):
     model = load_model('tiny://mamba2')
     egypt, france = (f' Question: what is the capital of {land}?' for land in ('Egypt', 'France'))
     ds = {"Egypt's": state_difference(model, egypt, france, 2, 3)}
-    board = SteeringInspector(model, france, ds, {"Egypt's": dict(strength=1.)}, new=6, score=' Answer')
+    board = SteerInspector(model, france, ds, {"Egypt's": dict(strength=1.)}, new=6, score=' Answer')
     assert ' Cairo' in board.result['steered'] and ' Paris' in board.result['clean']
     made = dict(model=model, directions=ds)
     exec(board.code, made)
@@ -199,7 +284,7 @@ def test_a_wrong_message_is_answered_in_a_sentence(board, content, said):
 
 
 @pytest.mark.parametrize('row, said', [(dict(strength=float('nan')), 'finite'), (dict(strength='2'), 'finite'), (dict(kind='write'), 'expected one of'), (dict(layer=7), 'expected one of'),
-                                       (dict(head=0), 'none'), (dict(at=99), '-12 to 11'), (dict(on=1), 'True or False'), (dict(colour='red'), 'colour=')])
+                                       (dict(head=0), 'none'), (dict(at=999), '-12 to 511'), (dict(later=1), 'True or False'), (dict(on=1), 'True or False'), (dict(colour='red'), 'colour=')])
 def test_settings_that_cannot_be_change_nothing(board, row, said):
     before = board.set('a push', strength=1.).settings
     with pytest.raises(ValueError, match=said): board.set('a push', **row)
@@ -208,12 +293,12 @@ def test_settings_that_cannot_be_change_nothing(board, row, said):
 
 def test_what_cannot_be_made(model, directions):
     for args, kind in ((([PROMPT, PROMPT], directions), ValueError), ((PROMPT, {}), ValueError), ((PROMPT, {'a': 3}), TypeError), ((PROMPT, directions, {'b': {}}), ValueError)):
-        with pytest.raises(kind, match='expected'): SteeringInspector(model, *args)
+        with pytest.raises(kind, match='expected'): SteerInspector(model, *args)
     other = Direction(directions['a push'].vector, 'blocks.0.resid_post', 'another', 'x')
-    with pytest.raises(ValueError, match='expected one of'): SteeringInspector(model, PROMPT, other)
-    for reach in (0, float('inf')):
-        with pytest.raises(ValueError, match='more than 0'): SteeringInspector(model, PROMPT, directions, reach=reach)
-    board = SteeringInspector(model, PROMPT, [*directions.values(), directions['a push']], new=2)
+    with pytest.raises(ValueError, match='expected one of'): SteerInspector(model, PROMPT, other)
+    for reach in (0, float('inf'), {'a push': -1}, {'none': 1}, {'a push': '3'}):
+        with pytest.raises(ValueError, match='more than 0|finite|one of'): SteerInspector(model, PROMPT, directions, reach=reach)
+    board = SteerInspector(model, PROMPT, [*directions.values(), directions['a push']], new=2)
     assert [*board.directions] == ['a vector', 'a vector (2)', 'a vector (3)']
     for wrong in (lambda: board.set(strength=1.), lambda: board.set('a vector'), lambda: board.set(new=0), lambda: board.set('none', on=False)):
         with pytest.raises(ValueError, match='expected'): wrong()
@@ -273,4 +358,4 @@ def test_the_picture_and_the_file_say_the_last_state(board, tmp_path):
     for text in (board.html, board.to_html(tmp_path/'a.html').read_text()):
         assert f'push at chosen tokens, 1.5 × length, at 2 {esc(repr(board.about["tokens"][2]))}' in text and 'blocks.0.resid_post' in text
         assert 'KL along the clean text' in text and f'KL {num(board.result["kl"][0])} nats' in text
-    assert 'SteeringInspector' in repr(board) and 'text/html' in board._repr_mimebundle_()[0]
+    assert 'SteerInspector' in repr(board) and 'text/html' in board._repr_mimebundle_()[0]
