@@ -89,7 +89,7 @@ def _finer(graph: Graph, nodes: list[Node], said: str, coders: Mapping[str, SAE]
     inner = {(graph.nodes[a].name, graph.nodes[b].name) for a, b in graph.edges[graph.inner].tolist()}
     edges = edges_between(nodes, lambda a, b: (a.name, b.name) in inner)
     note = '; '.join(filter(None, (graph.note, said)))
-    return replace(graph, nodes=tuple(nodes), edges=edges, note=note, coders=graph.coders | (coders or {}))
+    return replace(graph, nodes=tuple(nodes), edges=edges, note=note, coders={**graph.coders, **(coders or {})})
 
 # %% ../nbs/62_apart.ipynb #experts
 @torch.no_grad()

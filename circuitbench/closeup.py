@@ -40,7 +40,7 @@ def node_by_position(
     grads = heard.grads(metric(pair.last(out.logits), pair).sum(), sites)
     if not entered:
         each = Products(change, {s: heard.rows(s, g) for s, g in grads.items()})
-        return sum(each.of(n) for n in nodes)
+        return torch.stack([each.of(n) for n in nodes]).sum(0)
     slope = way.gradients(heard, grads)[[way.nodes.index(n) for n in nodes]].sum(0)
     return (slope*change[way.pre])[0].sum(1)
 

@@ -28,8 +28,9 @@ from .graph import Graph, model_graph
 from .hook import HookedModel
 from .judge import BUDGETS, auprc, auroc, bootstrap, cmd, cpr, faithfulness_of, recovery
 from .pairs import Pairs, accuracy, ends, logit_diff
+from .passes import eap_ig_activations, flow_routes, grad_drop
 from .program import NAMES, Recall, recall_pairs
-from .search import acdc, eap_ig_activations, flow_routes, grad_drop, learned_masks
+from .search import acdc, learned_masks
 from .subgraph import run_edges
 from .trained import (
     TRUTH, load_trained, trained_card, trained_draws, trained_labels, trained_models)

@@ -11,7 +11,8 @@ from circuitbench.graph import model_graph
 from circuitbench.judge import auroc
 from circuitbench.load import load_model
 from circuitbench.pairs import Pairs, logit_diff
-from circuitbench.search import acdc, eap_ig_activations, flow_routes, grad_drop, importances, learned_masks
+from circuitbench.passes import eap_ig_activations, flow_routes, grad_drop, importances
+from circuitbench.search import acdc, learned_masks
 from circuitbench.subgraph import run_edges
 from circuitbench.truth import random_scores, truth
 
