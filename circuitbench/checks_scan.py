@@ -47,7 +47,7 @@ def keeps(
     "What four steps keep, with A = -0.5."
     A, dt = -.5, np.array([.1, .4, 2., .1])
     judge(values(answer, (4,)), [np.e**(-.05), np.e**(-.2), np.e**(-1.), np.e**(-.05)], {
-        'That is `exp(dt)`, which grows: the rate A is missing, a step keeps `exp(dt*A)`.': np.exp(dt),
+        'That is `exp(dt)`, which grows: the rate A is missing.': np.exp(dt),
         'A is negative already: `exp(-dt*A)` grows, and a state would explode.': np.exp(-dt*A),
         'That is the exponent; a step keeps e to the power of it.': dt*A,
         'That is `1 + dt*A`, right for small steps only: at a step of 2 it forgets everything.': 1 + dt*A,

@@ -130,14 +130,15 @@ def _table(lines: list[str]) -> str:
 
 # %% ../nbs/79_slides.ipynb #page
 _LOOK = """*{box-sizing:border-box} body.cbv{margin:0;padding:0;border-radius:0;font-size:22px}
-body>main>section{max-width:60rem;margin:0 auto;padding:2.2rem 2.4rem 3.4rem;border-bottom:1px solid var(--line)}
+body>main>section{max-width:68rem;margin:0 auto;padding:2.2rem 2.4rem 3.4rem;border-bottom:1px solid var(--line)}
 .on>main>section{display:none;min-height:100vh;border:0} .on>main>section.now{display:block}
 h1{font-size:2.1em;line-height:1.15;margin:.6em 0 .4em} h2{font-size:1.5em;margin:.3em 0 .5em} h3{font-size:1.2em}
 p,li{max-width:48rem} li{margin:.25em 0} a{color:var(--s0)} blockquote{margin:.6em 0;padding:0 0 0 .8em;
 border-left:4px solid var(--line);color:var(--soft)} code,pre{font-family:ui-monospace,monospace;font-size:.82em}
 pre{background:color-mix(in srgb,var(--ink) 6%,transparent);padding:.6em .8em;border-radius:6px;
-white-space:pre-wrap;line-height:1.35;margin:.5em 0} table{border-collapse:collapse} td,th{padding:.15em .7em;text-align:left;
-border-bottom:1px solid var(--line)} .out{font-size:.8em} .out img,.out svg{max-width:100%}
+white-space:pre-wrap;line-height:1.35;margin:.5em 0} table{border-collapse:collapse}
+td,th{padding:.15em .7em;text-align:left;border-bottom:1px solid var(--line)}
+.out{font-size:.8em} .out img,.out svg{max-width:100%}
 .out pre{background:none;border-left:3px solid var(--line);border-radius:0} .cbv .tex path{fill:currentColor}
 .cbv section>table{font-size:1em}
 .eq{text-align:center;font-size:1.15em} .cbv details summary{font-size:.85em}
