@@ -44,6 +44,7 @@ from transformers import (
 
 from circuitbench.models import rwkv7
 from circuitbench.models.rwkv7 import Rwkv7Config
+from circuitbench.models.titans import TitansConfig
 from circuitbench.scan import selective_chunk, ssd_chunk
 from circuitbench.shipped import bits_per_byte, score
 from circuitbench.task import DATA, facts, indirect_object, induction, tables, text, training_line
@@ -95,6 +96,7 @@ STAGES = {
     'rwkv7': (Stage(2500, 9000, 3e-3, ((.17, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
               Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5),
               Stage(2000, 2000, 1.6e-3, TEXT, OTHER, .05, .5)),
+    'titans': (Stage(700, 700, 3e-3, ((.5, INDUCE), (1, (.55, .18, .13, .04, .10))), OTHER[:1]),),  # half an hour
     'transformer': (Stage(1500, 5000, 3e-3, ((1, INDUCE),), OTHER[:1]),
                     Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5, 2*LENGTH))}
 # the model that ships is the mean of these: better than each of them
@@ -150,9 +152,12 @@ def configure(name, vocab):
         'rwkv7': lambda: Rwkv7Config(
             **shared, hidden_size=160, num_hidden_layers=4, head_dim=32, intermediate_size=400, decay_low_rank_dim=16,
             a_low_rank_dim=16, v_low_rank_dim=8, gate_low_rank_dim=24),
+        'titans': lambda: TitansConfig(
+            **shared, hidden_size=128, num_hidden_layers=2, window=16, num_attention_heads=4, memory_heads=4,
+            memory_depth=1, memory_chunk=8, max_step=.1, initializer_range=.08),
         'transformer': lambda: LlamaConfig(**shared, **attention, num_hidden_layers=4, intermediate_size=400)}[name]()
     model = AutoModelForCausalLM.from_config(config)
-    if name in ('hybrid', 'jamba'): start_as_mamba(model)
+    if name in ('hybrid', 'jamba', 'titans'): start_as_mamba(model)
     return model
 
 
