@@ -269,8 +269,7 @@ def mean_difference(
     model: HookedModel,
     positive: Sequence,  # prompts with what is wanted
     negative: Sequence,  # prompts without it
-    site: str | None = None,
-    layer: int | None = None,
+    site: str | None = None, layer: int | None = None,
     at: At = -1,  # positions that are averaged in each prompt
     heads: int | Iterable[int] | None = None,
 ) -> Direction:
