@@ -286,7 +286,7 @@ def shares(
         'These are inner products with the state; divide by that of the state with itself.':
             share()*(parts.sum(0)**2).sum(),
         'This is head 0; asked is head 3.': share(head=0), 'This is block 3; asked is block 2.': share(layer=3)}, 1e-3)
-    return f'They add up to 1, and the country has {got[5]:.0%} of it; the comma and let after it much as well.'
+    return f'They add up to 1: the country has {got[5]:.0%} of the state, the last token comes next with {got[19]:.0%}.'
 
 _CUT = 10
 

@@ -123,6 +123,35 @@ def test_the_command_writes_every_unit(tmp_path, capsys):
     assert course.main([str(UNITS[0].parent)]) == 2                         # never over the units themselves
 
 
+def test_without_a_clone_the_command_says_where_the_units_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(course, '__file__', str(tmp_path/'circuitbench/course.py'))            # as a wheel has it
+    assert course.main([str(tmp_path/'out')]) == 2 and '--source' in capsys.readouterr().err and not (tmp_path/'out').exists()
+    assert course.main([str(tmp_path/'out'), '--source', str(ROOT/'nbs/course')]) == 0
+
+
+def test_slides_turn_by_keys_without_a_network(tmp_path):
+    from browser import chromium, watched_page
+    page_of = slides(UNITS[0], tmp_path/'unit.html')
+    with chromium() as browser:
+        for scheme, back in (('light', 'rgb(255, 255, 255)'), ('dark', 'rgb(22, 25, 30)')):
+            with watched_page(browser, color_scheme=scheme) as (page, seen):
+                page.goto(page_of.as_uri())
+                count = page.locator('main > section').count()
+                at = lambda: page.inner_text('#n')
+                shown = lambda: page.locator('main > section:visible').count()
+                assert count > 8 and at() == f'1 / {count}' and shown() == 1
+                page.keyboard.press('ArrowRight'); page.keyboard.press('PageDown')
+                assert at() == f'3 / {count}' and shown() == 1
+                page.keyboard.press('ArrowLeft'); assert at() == f'2 / {count}'
+                page.keyboard.press('End'); page.keyboard.press('ArrowRight'); assert at() == f'{count} / {count}'
+                page.keyboard.press('Home')
+                assert not page.locator('aside').first.is_visible()
+                page.keyboard.press('n'); assert page.locator('aside').first.is_visible()
+                assert page.evaluate('getComputedStyle(document.body).backgroundColor') == back
+                page.emulate_media(media='print'); assert shown() == count
+                assert page.locator('svg.tex').count() > 10 and not seen.errors and seen.requests == [page_of.as_uri()]
+
+
 def test_marks_that_do_not_pair_are_refused():
     for source in (f'{BEGIN}\nx = 1', f'x = 1\n{END}', f'{BEGIN}\n{BEGIN}\n{END}'):
         with pytest.raises(ValueError, match='SOLUTION'): course.cleared(source)
