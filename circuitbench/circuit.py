@@ -23,7 +23,7 @@ from .choose import greedy, largest, pruned
 from .closeup import closeup
 from .exact import exact
 from .exchange import exchanged, settled, stand_ins
-from .file import beside
+from .file import beside, typed
 from .graph import Graph, graph_of, model_graph
 from .hook import HookedModel
 from .judge import BUDGETS, Interval, bootstrap, cmd, cpr, faithfulness_of
@@ -245,13 +245,15 @@ class Circuit:
         coders: Iterable[SAE] = (),  # of the sites whose latents are nodes, if any are
     ) -> 'Circuit':
         "Reads what `to_json` wrote; ValueError for anything else, or what is of another model or coder."
-        try: graph, own = from_node_link(json.loads(Path(path).read_text(encoding='utf-8')), coders)
-        except (OSError, ValueError, TypeError, KeyError) as err:
+        try:
+            graph, own = from_node_link(json.loads(Path(path).read_text(encoding='utf-8')), coders)
+            found = typed(cls(graph, **own, model_=model))
+        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as err:
             raise ValueError(f'got {path}, which cannot be read ({type(err).__name__}: {err}); '
                              'expected a file that Circuit.to_json wrote') from err
         if model is not None and model.name != graph.model:
             raise ValueError(f'got the circuit of {graph.model}, expected one of {model.name}')
-        return cls(graph, **own, model_=model)
+        return found
 
     def to_networkx(self, whole: bool = False):
         "A networkx DiGraph of the circuit's edges, or of all, with scores."
