@@ -186,6 +186,12 @@ def reference_page(modules: dict[str, Module]) -> str:
     return head + '\n'.join(rows) + '\n\n' + toctree(entries, ':hidden:')
 
 
+def accessible(html: str) -> str:
+    "Captions of the navigation say their level, and what scrolls can be reached by keys."
+    html = html.replace('class="caption" role="heading"', 'class="caption" role="heading" aria-level="2"')
+    return re.sub(r'<pre(?=[ >])(?![^>]*tabindex)', '<pre tabindex="0"', html)
+
+
 def main() -> int:
     "Builds the site; returns how many links are broken, or Sphinx's own status."
     from sphinx.cmd.build import main as sphinx
@@ -196,6 +202,7 @@ def main() -> int:
     strict = ['-q', '-W', '--keep-going', '-n']
     status = sphinx([*strict, '-b', 'html', '-c', str(HERE), '-d', trees, str(PAGES), str(HTML)])
     if status: return status
+    for path in HTML.rglob('*.html'): path.write_text(accessible(path.read_text(encoding='utf8')), encoding='utf8')
     (HTML/'.nojekyll').touch()
     broken = check_links(str(HTML), str(ROOT/'_docs'/'external.txt'))
     size = sum(p.stat().st_size for p in HTML.rglob('*') if p.is_file())

@@ -85,8 +85,8 @@ def _names(m: Module, modules: dict[str, Module]) -> dict[str, str]:
     known = {n: f'{m.name}.{n}' for k, n in have if k == m.name}
     for node in ast.walk(m.tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            ours = [a for a in node.names if (node.module, a.name) in have]
-            known |= {a.asname or a.name: f'{node.module}.{a.name}' for a in ours}
+            home = '.'.join([*m.name.split('.')[:-node.level], node.module]) if node.level else node.module
+            known |= {a.asname or a.name: f'{home}.{a.name}' for a in node.names if (home, a.name) in have}
     return known
 
 
