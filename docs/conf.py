@@ -28,7 +28,6 @@ myst_dmath_double_inline = True
 suppress_warnings = ['mystnb.unknown_mime_type', 'misc.highlighting_failure']
 
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 88
 add_module_names = False
 # Types of other packages are named and not linked: their inventories would have to be fetched.
 nitpicky = True

@@ -174,4 +174,6 @@ def page(m: Module, modules: dict[str, Module]) -> str:
             value, said = _text(values[name].value), m.comments.get(values[name].end_lineno, '')
             given = [f'   :value: {value}'] if len(value) < 200 else []
             out += [f'.. py:data:: {name}', *given, '', *_indent(_doc(said) if said else []), '']
+    below = [f'``{n}``' for n in m.public if n not in nodes and n not in values]
+    if below: out += [f'From modules below: {", ".join(below)}.', '']
     return '\n'.join(out) + '\n'
