@@ -270,6 +270,7 @@ def shares(
 ):
     "Whose the final state of block 2, head 3 is."
     def share(layer=2, head=3, at=19, **how):
+        "The shares of another head, or with another way to decay."
         parts = _parts(layer, at, **how)[:, head]
         S = _parts(layer, at)[:, head].sum(0)
         return np.einsum('spn,pn->s', parts, S)/(S*S).sum()
