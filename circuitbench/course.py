@@ -37,10 +37,14 @@ YOURS = "raise NotImplementedError('your turn')"
 
 def read_unit(path: str | Path) -> dict:
     "Reads a notebook as the mapping that it is, sources joined to one text a cell; ValueError for anything else."
-    try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError: nb = None
-    if not isinstance(nb, dict) or 'cells' not in nb: raise ValueError(f'got {path}, expected a notebook (.ipynb)')
-    for c in nb['cells']: c['source'] = ''.join(c['source'])
+    try:
+        nb = json.loads(Path(path).read_text(encoding='utf-8'))
+        for c in nb['cells']:
+            c['source'] = ''.join(c['source'])
+            if not isinstance(c['metadata'], dict) or c['cell_type'] not in ('code', 'markdown', 'raw'):
+                raise ValueError('a cell is none')
+    except (ValueError, TypeError, KeyError) as err:
+        raise ValueError(f'got {path}, expected a notebook (.ipynb): {type(err).__name__} {err}') from err
     return nb
 
 def write_unit(path: str | Path, nb: dict) -> Path:
