@@ -142,7 +142,7 @@ def marked(nb: dict) -> dict:
         elif is_check(c): more['nbgrader'], kind = _graded(f'check_{name}', grade=True, locked=True, points=1), 'skip'
         elif is_teachers(c): kind = 'notes'
         else: kind = {'# ': 'slide', '##': 'slide'}.get(text[:2], '-') if c['cell_type'] == 'markdown' else '-'
-        if kind == 'slide' and text.startswith('###') or answered and kind == '-': kind = 'subslide'   # answers: their own
+        if kind == 'slide' and text.startswith('###') or answered and kind == '-': kind = 'subslide'
         answered = is_check(c)
         c['metadata'] = more | {'slideshow': {'slide_type': kind}} | {
             k: v for k, v in c['metadata'].items() if k != 'nbgrader'}
