@@ -85,7 +85,7 @@ class PromptReport:
             active = table(rows, ['latent', 'activation', 'share of tokens'], 'Latents active at the last token')
             one = latent_view(self.report, self.latents[0][0])
             out.append(('Sparse features', active + latents_view(self.report) + one))
-        sites = wrap(f'<pre>{esc(self.model.sites())}</pre>', tag='div')
+        sites = wrap(f'<pre style="overflow-x:auto" tabindex="0">{esc(self.model.sites())}</pre>', tag='div')
         return [*out, ('The layers behind the answer', board_view(self.circuit.to_dict())),
                 ('Turning one feature up', steer_view(self.steered)), ('Every site', sites)]
 
