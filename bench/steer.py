@@ -1,11 +1,15 @@
 """Steering: what a direction costs while text is generated, beside steering-vectors and repeng; beam search beside
-random search and the best single direction; three behaviours with their random controls; concepts taken out.
+random search and the best single direction; nine behaviours with their random controls; concepts taken out.
 
     python bench/steer.py                      # everything
     python bench/steer.py --only overhead      # with steering-vectors and repeng where they are installed
+    python bench/steer.py --only search --seeds 3 --threads 1
 """
+import random
+import statistics
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,9 +25,10 @@ from circuitbench.load import load_model
 from circuitbench.plan_search import as_candidates, propose, search_plans
 from circuitbench.removal import find_removals, removed
 from circuitbench.sae import SAE
-from circuitbench.scores import keywords, log_prob, prefers
+from circuitbench.scores import NeutralText, keywords, log_prob, nats, prefers
+from circuitbench.state_sae import wilson
 from circuitbench.stream import shipped_text, token_rows
-from circuitbench.task import Prompt, facts, indirect_object
+from circuitbench.task import Prompt, facts, indirect_object, tables
 
 SMALL = dict(vocab_size=4096, pad_token_id=0, bos_token_id=1, eos_token_id=None)
 
@@ -86,8 +91,39 @@ def overhead(o):
     table(rows, o, 'One direction while generating, processor time')
 
 
-WAYS = (' Question: what is the capital of {}? Answer:', 'In {} the capital city is called', '{}: its capital is',
-        'The chief city of {} is', 'The king of {} dwelt in', 'And the elders of {} were gathered in')
+FACTS = ('France', 'Egypt'), ('Italy', 'Japan'), ('Germany', 'Russia')
+NAMES = ('Esther', 'Ruth'), ('John', 'Mary'), ('Peter', 'Anna')
+
+
+@dataclass(frozen=True)
+class Swap:
+    "One answer to be put in the place of another."
+    kind: str
+    name: str
+    wanted: list[str]
+    "Prompts that have the answer which is wanted, `asked` and `held` those that have the other one."
+    asked: list[str]
+    held: list[str]
+    "Not searched on."
+    answers: tuple[str, str]
+
+
+def swaps(seed):
+    "Three facts and three names; the seed draws which wordings and sentences are searched on and which held out."
+    rng, capital = random.Random(seed), dict(map(tuple, tables()['facts']))
+    ways = [w.split(' {p}')[0] for w in tables()['wordings'] if w.rindex('{p}') > w.rindex('{c}')]
+    out = []
+    for a, b in FACTS:
+        rng.shuffle(ways)
+        wanted, asked = ([w.format(c=c) for w in ways] for c in (b, a))
+        answers = f' {capital[b]}', f' {capital[a]}'
+        out.append(Swap('fact', f'{a} to {b}', wanted[:3], asked[:3], asked[3:], answers))
+    known, held = (indirect_object(n, split, seed) for n, split in ((5000, 'train'), (1000, 'held')))
+    for a, b in NAMES:
+        wanted, asked = ([p.text for p in known if p.target == f' {n}'][:24] for n in (b, a))
+        out.append(Swap('name', f'{a} to {b}', wanted, asked, [p.text for p in held if p.target == f' {a}'],
+                        (f' {b}', f' {a}')))
+    return out
 
 
 def coders_of(model):
@@ -100,66 +136,150 @@ def coders_of(model):
     return out
 
 
-def flip(o, name):
-    "The capital of France becomes that of Egypt: three ways to ask are searched on, three are held out."
-    model = load_model(f'tiny://{name}')
-    cairo, paris = (int(model.tokens(w)[0][0, 0]) for w in (' Cairo', ' Paris'))
-    def flipped(logits): return logits[..., cairo] - logits[..., paris]
-    def score(model, prompts): return torch.stack([flipped(model.run(p, last=True).logits[0, -1]) for p in prompts])
-    asked, held = ([w.format('France') for w in ways] for ways in (WAYS[:3], WAYS[3:]))
-    egypt = [w.format('Egypt') for w in WAYS[:3]]
-    states = as_candidates(mean_difference(model, egypt, asked, 'ssm.state', b) for b in model.recurrent())
-    space, text = [*propose(model, asked, flipped, coders_of(model), 24), *states], token_rows(model, None, 64, 256)
-    clean, rows = float(score(model, held).mean()), []
+def share(hits):
+    "A share of prompts with its 95% interval (Wilson)."
+    low, high = wilson(int(sum(hits)), len(hits))
+    return f'{sum(hits)/len(hits):.0%} ({low:.0%} to {high:.0%})'
+
+
+def cost_of(model, plan, text):
+    "KL of a plan on neutral text, nats a token."
+    return nats(text.cost(lambda ids, length: plan.on(model, length)))
+
+
+def found_by(model, swap, seed, coders, o):
+    "The three searches for one swap at the same budget: on 8 prompts at most and 4 rows of text; then on others."
+    asked, score = swap.asked[:8], prefers(*swap.answers)
+    target, other = (int(model.tokens(w)[0][0, 0]) for w in swap.answers)
+    states = as_candidates(mean_difference(model, swap.wanted, swap.asked, 'ssm.state', b) for b in model.recurrent())
+    latents = propose(model, asked, lambda logits: logits[..., target] - logits[..., other], coders, 12)
+    rows = token_rows(model, None, 64, 4096)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    unseen, clean, out = NeutralText(model, rows[4:20]), float(score(model, swap.held).mean()), []
     for method in ('single', 'random', 'beam'):
-        found = search_plans(model, asked, score, space, text, method, .05, 20 if o.quick else 150, progress=False)
-        with torch.no_grad(), found.plan().on(model): after = float(score(model, held).mean())
-        rows.append({'model': name, 'search': method, 'runs': len(found.trials), 's': found.seconds,
-                     'clean': found.clean, 'score': found.best.score, 'KL': found.best.kl,
-                     'steps': len(found.best.steps), 'held out, clean': clean, 'held out': after})
-    return rows
+        budget = 20 if o.quick else 100         # alone, every candidate at every strength
+        found = search_plans(model, asked, score, [*latents, *states], rows[:4], method, .05, budget, seed=seed,
+                             progress=False)
+        with found.plan().on(model): after = score(model, swap.held)
+        kl = cost_of(model, found.plan(), unseen)
+        out.append({'model': model.name, 'kind': swap.kind, 'swap': swap.name, 'seed': seed, 'search': method,
+                    'runs': len(found.trials), 's': found.seconds, 'clean': found.clean, 'score': found.best.score,
+                    'KL': found.best.kl, 'steps': len(found.best.steps), 'held out, clean': clean,
+                    'held out': float(after.mean()), 'turned': float((after > 0).float().mean()), 'KL, other text': kl})
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in out[-1].items()}, flush=True)
+    return out
+
+
+def spread(values):
+    "Median and range."
+    return 'none' if not values else f'{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})'
 
 
 def search(o):
-    rows = [r for name in ('mamba2', 'hybrid', 'rwkv7') for r in flip(o, name)]
-    table(rows, o, 'France to Cairo: difference of logits at a KL of at most .05')
+    "Facts and names, each with several draws of prompts and text: medians over all of them, and how often each wins."
+    rows = []
+    for name in ('mamba2', 'hybrid', 'rwkv7'):
+        model = load_model(f'tiny://{name}')
+        coders = coders_of(model)
+        for seed in range(o.seeds):
+            for swap in swaps(seed)[::3 if o.quick else 1]: rows += found_by(model, swap, seed, coders, o)
+    table(rows, o, 'One answer in the place of another: difference of logits at a KL of at most .05')
+    summary = []
+    for model, kind, method in dict.fromkeys((r['model'], r['kind'], r['search']) for r in rows):
+        own, best = ([r for r in rows if (r['model'], r['kind'], r['search']) == (model, kind, m)]
+                     for m in (method, 'single'))
+        ahead, behind = (sum(sign*(a['held out'] - b['held out']) > .1 for a, b in zip(own, best)) for sign in (1, -1))
+        summary.append({'model': model, 'kind': kind, 'search': method, 'searches': len(own),
+                        **{k: spread([r[k] for r in own]) for k in ('clean', 'score', 'held out, clean', 'held out',
+                                                                     'turned', 'KL, other text', 'steps', 's')},
+                        'held out, ahead of single': ahead, 'behind': behind})
+    table(summary, o, f'Median and range over {o.seeds} seeds and what is swapped')
+
+
+def abreast(o):
+    "What it saves to run plans of a search side by side: the same plans, by a score that can and by one that cannot."
+    rows = []
+    for name in ('mamba2', 'hybrid', 'rwkv7'):
+        model, swap = load_model(f'tiny://{name}'), swaps(0)[0]
+        space = as_candidates(mean_difference(model, swap.wanted, swap.asked, site, b)
+                              for site in ('resid_post', 'ssm.state') for b in model.recurrent())
+        together, text = prefers(*swap.answers), token_rows(model, None, 64, 256)
+        def alone(model, prompts, score=together): return score(model, prompts)
+        calls = {k: partial(search_plans, model, swap.asked, score, space, text, 'random', .05, 16 if o.quick else 48,
+                            progress=False) for k, score in (('together', together), ('alone', alone))}
+        a, b = (calls[k]().trials for k in calls)
+        t = alternate(calls, o.seconds, 5, time.process_time)
+        rows.append({'model': name, 'runs': len(a), 'alone, ms a run': t['alone']/len(b)*1e3,
+                     'together': t['together']/len(a)*1e3, 'times faster': t['alone']/t['together'],
+                     'same plans': [x.steps for x in a] == [x.steps for x in b],
+                     'largest difference': max(max(abs(x.score - y.score), abs(x.kl - y.kl)) for x, y in zip(a, b))})
+    table(rows, o, 'Plans of a search side by side, processor time')
 
 
 OPENINGS = (' And the', ' And it came to pass that the', ' Then said the', ' In those days the', ' Behold, the',
             ' And all the', ' Now the', ' And when the', ' And they brought it unto the', ' For the',
-            ' And he spake unto the', ' So the')
-KINGS = ('And the king sat upon his throne and reigned', 'The king and the princes of his kingdom came',
-         'And he reigned as king over all the kingdom', 'The king commanded his servants')
-OTHERS = ('And the shepherd sat upon the ground and slept', 'The men and the women of the village came',
+            ' And he spake unto the', ' So the', ' And there was a', ' But the', ' And they went up to the',
+            ' Then the', ' And he saw the', ' Thus saith the', ' And she said unto the', ' Let the',
+            ' After these things the', ' And in the morning the', ' Hear now, O', ' And one of the',
+            ' Woe unto the', ' And they that were with the', ' Who is the', ' These are the', ' And the sons of',
+            ' This is the')
+OTHERS = ('And the woman sat upon the ground and slept', 'The men and the women of the village came',
           'And he walked as a stranger over all the land', 'The woman asked her neighbours')
+THEMES = {
+    'kings': (' king', ('king', 'kings', 'kingdom', 'throne'),
+              ('And the king sat upon his throne and reigned', 'The king and the princes of his kingdom came',
+               'And he reigned as king over all the kingdom', 'The king commanded his servants')),
+    'flocks': (' sheep', ('sheep', 'flock', 'flocks', 'shepherd', 'lambs', 'cattle'),
+               ('And the shepherd sat by his flock and the sheep slept', 'The flocks and the herds of cattle came',
+                'And he fed the sheep and the lambs over all the land', 'The shepherd asked for his sheep')),
+    'waters': (' waters', ('water', 'waters', 'sea', 'river', 'rivers'),
+               ('And the waters of the sea rose upon the ground', 'The rivers and the waters of the sea came',
+                'And he passed over the river and the sea', 'The sea and the waters thereof'))}
+
+
+def tasks():
+    "Nine behaviours: kind, name, prompts wanted, prompts as they are, those searched on, those held out, aim, score."
+    for s in swaps(0):
+        score = prefers(*s.answers)
+        yield s.kind, s.name, s.wanted, s.asked, s.asked[:8], s.held, score, score
+    for theme, (word, words, some) in THEMES.items():
+        yield 'theme', theme, some, OTHERS, OPENINGS[:6], OPENINGS[6:], log_prob(word), keywords(words, 16)
 
 
 def behaviours(o):
-    "A fact flipped, a name swapped, a theme raised: searched on some prompts, measured on others."
+    "Three facts flipped, three names swapped, three themes raised: searched on some prompts, measured on others."
     rows = []
     for name in ('mamba2', 'hybrid', 'rwkv7'):
         model = load_model(f'tiny://{name}')
-        known = indirect_object(5000, 'train')
-        esther, ruth = ([p.text for p in known if p.target == n][:24] for n in (' Esther', ' Ruth'))
-        held = [p.text for p in indirect_object(500, 'held') if p.target == ' Esther']
-        france, egypt = ([w.format(c) for w in WAYS] for c in ('France', 'Egypt'))
-        tasks = {'fact flipped': (egypt[:3], france[:3], france[3:], prefers(' Cairo', ' Paris')),
-                 'name swapped': (ruth, esther, held, prefers(' Ruth', ' Esther')),
-                 'theme raised': (KINGS, OTHERS, OPENINGS[6:], keywords(('king', 'kings', 'kingdom', 'throne'), 16))}
-        for task, (wanted, now, others, score) in tasks.items():
-            asked, aim = (OPENINGS[:6], log_prob(' king')) if task == 'theme raised' else (now[:8], score)
-            places = [('resid_post', b) for b in range(model.n_layers)] + [('ssm.state', b) for b in model.recurrent()]
+        places = [('resid_post', b) for b in range(model.n_layers)] + [('ssm.state', b) for b in model.recurrent()]
+        text, runs, draws = token_rows(model, None, 64, 2048), *((8, 2) if o.quick else (60, 8))
+        for kind, task, wanted, now, asked, held, aim, score in list(tasks())[::3 if o.quick else 1]:
             space = as_candidates(mean_difference(model, wanted, now, site, b) for site, b in places)
-            text, runs, draws = token_rows(model, None, 64, 1024), *((8, 2) if o.quick else (60, 8))
             found = search_plans(model, asked, aim, space, text[:4], 'beam', .1, runs, depth=2, progress=False)
-            e = measure(model, found.plan(), others, score, text, draws, progress=False)
-            control = [c.score.value for c in e.controls]
-            rows.append({'model': name, 'behaviour': task, 'prompts': len(others), 'clean': e.clean.score.value,
-                         'steered': e.steered.score.value, 'random': sum(control)/max(1, len(control)),
-                         'best random': max(control, default=float('nan')), 'success': e.steered.success,
-                         'KL': e.steered.kl, 'ppl ratio': e.steered.ratio, 'steps': len(found.best.steps)})
-            print(rows[-1], found.best.steps, [s.site for s in found.plan().steps], flush=True)
-    table(rows, o, 'Three behaviours, on prompts that were not searched on')
+            e = measure(model, found.plan(), held, score, text[4:], draws, progress=False)
+            hits = {k: [v > 0 for v in one.scores] for k, one in (('clean', e.clean), ('steered', e.steered))}
+            noise = [sum(v > 0 for v in c.scores)/len(held) for c in e.controls]
+            rows.append({'model': model.name, 'kind': kind, 'behaviour': task, 'prompts': len(held),
+                         'clean': e.clean.score.value, 'steered': e.steered.score.value,
+                         'random': [c.score.value for c in e.controls], 'clean, share': share(hits['clean']),
+                         'success': share(hits['steered']), 'hits': sum(hits['steered']), 'noise': noise,
+                         'KL': e.steered.kl, 'random KL': [c.kl.value for c in e.controls],
+                         'ppl ratio': e.steered.ratio, 'steps': [repr(s) for s in found.plan().steps]})
+            print(rows[-1], flush=True)
+    shown = [{k: spread(v) if k in ('random', 'noise', 'random KL') else len(v) if k == 'steps' else
+              repr(v) if k in ('KL', 'ppl ratio') else v for k, v in r.items()} for r in rows]
+    table(shown, o, 'Nine behaviours, on prompts that were not searched on')
+    pooled = []                                            # prompts of one behaviour are alike: the three apart as well
+    for model, kind in dict.fromkeys((r['model'], r['kind']) for r in rows):
+        own = [r for r in rows if (r['model'], r['kind']) == (model, kind)]
+        hits, n = (sum(r[k] for r in own) for k in ('hits', 'prompts'))
+        pooled.append({'model': model, 'kind': kind, 'prompts': n, 'success': share([True]*hits + [False]*(n - hits)),
+                       'each': ', '.join(f'{r["hits"]/r["prompts"]:.0%}' for r in own),
+                       'clean': ', '.join(r['clean, share'].split()[0] for r in own),
+                       'random': spread([v for r in own for v in r['noise']]),
+                       'KL': spread([r['KL'].value for r in own]),
+                       'random KL': spread([v for r in own for v in r['random KL']])})
+    table(pooled, o, 'The three of a kind together')
 
 
 SORROW = (' wept', ' weep', ' mourn', ' sorrow', ' grief', ' tears', ' mourning', ' weeping', ' lament')
@@ -194,8 +314,8 @@ def removal(o):
 
 
 def main():
-    parts = {'overhead': overhead, 'search': search, 'behaviours': behaviours, 'removal': removal}
-    o = options(__doc__, ','.join(parts))
+    parts = {'overhead': overhead, 'search': search, 'abreast': abreast, 'behaviours': behaviours, 'removal': removal}
+    o = options(__doc__, ','.join(parts), seeds=(1, 'draws of prompts, text and random plans in search'))
     for k in o.only.split(','):
         start = time.perf_counter()
         parts[k](o)

@@ -26,13 +26,15 @@ def alternate(calls, seconds=4., least=5, clock=time.perf_counter):
     return {k: statistics.median(v) for k, v in times.items()}
 
 
-def options(what, only=''):
+def options(what, only='', **more):
+    "Reads the command line; `more`: further options, name=(default, help)."
     p = argparse.ArgumentParser(description=what)
     p.add_argument('--threads', type=int, default=os.cpu_count())
     p.add_argument('--seconds', type=float, default=4., help='per row of the table')
     p.add_argument('--quick', action='store_true', help='small sizes only, to see that it works')
     p.add_argument('--json', type=Path, help='also write the rows here')
     if only: p.add_argument('--only', default=only, help='parts to measure')
+    for k, (default, said) in more.items(): p.add_argument(f'--{k}', type=type(default), default=default, help=said)
     o = p.parse_args()
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)

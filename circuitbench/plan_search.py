@@ -11,7 +11,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .direction import Direction, latent_direction
+from .edit import Edit, Edits
 from .hook import HookedModel
 from .interventions import Interventions, Step, push, write
-from .scores import NeutralText, nats, scored
+from .scores import NeutralText, Score, by_length, nats, prompt_rows, scored
 from .stream import heard
 
 # %% ../nbs/76_plan_search.ipynb #candidates
@@ -123,6 +126,32 @@ class Found:
 
 class _Spent(Exception): pass
 
+_ABREAST, _TOKENS = 8, 2**10                                              # plans at once; tokens of a batch
+
+class _Abreast:
+    "Plans side by side over one batch: row r is under plan r % n, what they add at a place is added in one."
+    def __init__(self, plans: Sequence[Interventions], length: int | None = None):
+        self.length, self.n, self.added = length, len(plans), {}
+        for i, s in ((i, s) for i, p in enumerate(plans) for s in p.steps):
+            v = s.value*s.direction.unit.vector
+            self.added.setdefault((s.site, s.kind, s.heads), v.new_zeros(self.n, *v.shape))[i] += v
+
+    @contextmanager
+    def of_run(self, model: HookedModel, ids: Tensor, mask: Tensor | None):
+        "The edits of one run: pushes at every token, writes at the last one of the prompt."
+        last = (ids.shape[1] if self.length is None else self.length) - 1
+        yield Edits(Edit(site, self._add(v), pos=(last,) if kind == 'write' else None, head=heads)
+                    for (site, kind, heads), v in self.added.items())
+
+    def _add(self, v: Tensor) -> Callable:
+        return lambda x, where: (x.unflatten(0, (-1, self.n)) + v.to(x)[:, None]).flatten(0, 1)
+
+    @contextmanager
+    def on(self, model: HookedModel):
+        model.standing.append(self)
+        try: yield
+        finally: model.standing.remove(self)
+
 class _Judge:
     "Runs plans, as many as the budget allows; keeps what it has run."
     def __init__(self, model, prompts, score, candidates, text, most, budget, seconds, checkpoint, method, progress):
@@ -137,6 +166,9 @@ class _Judge:
         self.start, self.trials, self.known, self.note = time.perf_counter(), [], {}, ''
         self.bar = tqdm(total=budget, desc=method, unit='run', disable=not progress)
         self.text, self.clean = NeutralText(model, text), self._score()
+        alone = not isinstance(score, Score) or score.batch is None
+        longest = _TOKENS if alone else max(map(len, prompt_rows(model, self.prompts)))
+        self.abreast = max(1, min(_ABREAST, _TOKENS//longest))
         self.file = None if checkpoint is None else Path(checkpoint)
         self._resume()
 
@@ -157,31 +189,59 @@ class _Judge:
             self.known |= {steps: values for steps, *values in plans}
         else: self.file.write_text(json.dumps(head) + '\n', encoding='utf-8')
 
+    def run(self, plans: Iterable[Steps]):
+        "Runs plans in their order, some at once; those that were run before, their steps in any order, are left out."
+        new = self._new(plans)
+        while some := [*islice(new, self.abreast)]:
+            room = self.budget - len(self.trials)
+            if room <= 0 or time.perf_counter() - self.start > self.seconds: raise _Spent
+            some = some[:room]
+            self._know([p for p in some if p not in self.known])
+            self.trials += [Trial(p, *self.known[p]) for p in some]
+            self.bar.update(len(some))
+
+    def _new(self, plans: Iterable[Steps]) -> Iterator[Steps]:
+        seen = {t.steps for t in self.trials}
+        for p in plans:
+            if (p := tuple(sorted(p))) not in seen: yield p
+            seen.add(p)
+
     @torch.no_grad()
-    def value(self, steps: Steps) -> Trial:
-        "A plan's trial; the order of steps does not matter to what is kept of it."
-        steps = tuple(sorted(steps))
-        if done := next((t for t in self.trials if t.steps == steps), None): return done
-        if len(self.trials) >= self.budget or time.perf_counter() - self.start > self.seconds: raise _Spent
-        if steps not in self.known:
-            plan = Interventions(tuple(self.candidates[k].step(s) for k, s in steps))
-            with plan.on(self.model): score = self._score()
-            kl = nats(self.text.cost(lambda ids, length: plan.on(self.model, length)))
-            self.known[steps] = score, kl
-            if self.file is not None:
-                with self.file.open('a', encoding='utf-8') as f: f.write(json.dumps([steps, score, kl]) + '\n')
-        self.trials.append(Trial(steps, *self.known[steps]))
-        self.bar.update()
-        return self.trials[-1]
+    def _know(self, some: list[Steps]):
+        "Scores and KL of some plans, kept and written down."
+        plans = [Interventions(tuple(self.candidates[k].step(s) for k, s in p)) for p in some]
+        values = [self._alone(p) for p in plans] if self.abreast == 1 else self._together(plans) if plans else []
+        self.known.update(zip(some, values, strict=True))
+        if self.file is None: return
+        with self.file.open('a', encoding='utf-8') as f:
+            f.writelines(json.dumps([p, *self.known[p]]) + '\n' for p in some)
+
+    def _alone(self, plan: Interventions) -> tuple[float, float]:
+        with plan.on(self.model): score = self._score()
+        return score, nats(self.text.cost(lambda ids, length: plan.on(self.model, length)))
+
+    def _together(self, plans: list[Interventions]) -> list[tuple[float, float]]:
+        "The same, the plans side by side: all of them on a prompt, fewer on the text, which is longer."
+        rows, n, total = prompt_rows(self.model, self.prompts), len(plans), 0
+        with _Abreast(plans).on(self.model):
+            for some, ids in by_length(self.model, rows, max(1, _TOKENS//n)):
+                each = [i for i in some for _ in plans]
+                values = self.score.batch(self.model, ids.repeat_interleave(n, 0), each, len(rows))
+                total = total + values.double().view(-1, n).sum(0)
+        many, costs = max(1, _TOKENS//max(ids.numel() for _, ids in self.text.batches)), []
+        for i in range(0, n, many):
+            def _under(ids, length, part=plans[i:i + many]): return _Abreast(part, length).on(self.model)
+            costs += [*self.text.costs(_under, len(plans[i:i + many]))]
+        return [(v/len(rows), nats(c)) for v, c in zip(total.tolist(), costs, strict=True)]
 
     def rank(self, t: Trial) -> tuple:
         "Plans that cost too much come last, the cheaper first."
         return (1, t.score, -t.kl) if t.kl <= self.most else (0, -t.kl, 0.)
 
-    def found(self, plans: Iterator[None]) -> Found:
-        "Runs a search to its end, its budget or an interrupt."
+    def found(self, turns: Iterator[Iterable[Steps]]) -> Found:
+        "Runs a search, turn by turn, to its end, its budget or an interrupt."
         try:
-            for _ in plans: pass
+            for plans in turns: self.run(plans)
         except _Spent: pass
         except KeyboardInterrupt:
             if not self.trials: raise
@@ -214,41 +274,43 @@ def search_plans(
 ) -> Found:
     """Looks for a plan with a high score at a bounded KL; the same seed gives the same plans.
 
+    Eight plans are run at once on short prompts where the score can tell rows of one length (`log_prob`, `prefers`,
+    `keywords` and `judged` can); functions of one's own are called under one plan after another.
     Raises ValueError for an unknown method, no candidates, a budget that is none, and the checkpoint of another search.
     """
     if method not in _METHODS: raise ValueError(f'got method={method!r}, expected one of {[*_METHODS]}')
     judge = _Judge(model, prompts, score, candidates, text, most, budget, seconds, checkpoint, method, progress)
     return judge.found(_METHODS[method](judge, list(strengths), width, depth, random.Random(seed)))
 
-def _single(judge: _Judge, strengths, width, depth, rng) -> Iterator[None]:
+def _single(judge: _Judge, strengths, width, depth, rng) -> Iterator[Iterable[Steps]]:
     "Each candidate alone, best proposals first, at every strength."
-    for k, c in enumerate(judge.candidates):
-        for s in _signed(c, strengths): yield judge.value(((k, s),))
+    yield [((k, s),) for k, c in enumerate(judge.candidates) for s in _signed(c, strengths)]
 
-def _random(judge: _Judge, strengths, width, depth, rng) -> Iterator[None]:
+def _random(judge: _Judge, strengths, width, depth, rng) -> Iterator[Iterable[Steps]]:
     "Plans drawn at random: how many steps, which candidates, which strengths and signs."
     many = len(judge.candidates)
-    for _ in range(100*judge.budget):
+    def _draw():
         some = rng.sample(range(many), min(many, rng.randint(1, depth)))
-        yield judge.value(tuple((k, rng.choice((1, -1))*rng.choice(strengths)) for k in some))
+        return tuple((k, rng.choice((1, -1))*rng.choice(strengths)) for k in some)
+    yield (_draw() for _ in range(100*judge.budget))
 
-def _beam(judge: _Judge, strengths, width, depth, rng) -> Iterator[None]:
+def _beam(judge: _Judge, strengths, width, depth, rng) -> Iterator[Iterable[Steps]]:
     "Candidates alone with half of the budget; then the best plans change a strength or take one more step, in turn."
     signed = [_signed(c, strengths) for c in judge.candidates]
     singles = [((k, s[i]),) for i in range(max(map(len, signed))) for k, s in enumerate(signed) if i < len(s)]
     first = min(len(singles), max(1, judge.budget//2))
-    for p in singles[:first]: yield judge.value(p)
+    yield singles[:first]
     best = sorted(judge.trials, key=judge.rank, reverse=True)
     steps, beam, seen = [t.steps[0] for t in best], best[:width], {t.steps for t in best}
     while len(judge.trials) < judge.budget:
         ways = [_moves(t, steps, strengths, depth) for t in beam]          # of each plan the likely ones first
         turns = [m for i in range(max(map(len, ways), default=0)) for w in ways for m in w[i:i + 1] if m not in seen]
         if not turns: break
-        for m in list(dict.fromkeys(turns))[:max(width, 8)]:
-            seen.add(m)
-            yield judge.value(m)
+        some = list(dict.fromkeys(turns))[:max(width, 8)]
+        seen.update(some)
+        yield some
         beam = sorted(judge.trials, key=judge.rank, reverse=True)[:width]
-    for p in singles[first:]: yield judge.value(p)                         # nothing left to change
+    yield singles[first:]                                                  # nothing left to change
 
 def _moves(t: Trial, steps: Sequence[tuple[int, float]], strengths: Sequence[float], depth: int) -> list[Steps]:
     "Plans one change away: a strength one up or down its list, a further step, by how good it was alone."

@@ -48,14 +48,26 @@ class Score:
     f: Callable[[HookedModel, Sequence], Tensor] = field(repr=False)
     signed: bool = False
     "Is a prompt a success where it is above 0?"
+    batch: Callable[[HookedModel, Tensor, list[int], int], Tensor] | None = field(default=None, repr=False)
+    "Of rows of one length: of the model, ids (rows, pos), which prompt each row is, and how many prompts there are."
+
+    @classmethod
+    def of_batches(cls, name: str, batch: Callable, signed: bool = False, most: int = 2**13) -> 'Score':
+        "A score by what it is of prompts of one length, with at most so many tokens at once."
+        def _score(model, prompts):
+            rows = prompt_rows(model, prompts)
+            out = torch.zeros(len(rows))
+            for some, ids in by_length(model, rows, most): out[some] = batch(model, ids, some, len(rows))
+            return out
+        return cls(name, _score, signed, batch)
 
     def __call__(self, model: HookedModel, prompts: Sequence) -> Tensor: return self.f(model, prompts)
 
-def _targets(model: HookedModel, target, n: int) -> list[Tensor]:
-    "The ids of what is to follow each of n prompts."
+def _targets(model: HookedModel, target, which: Sequence[int], n: int) -> list[Tensor]:
+    "The ids of what is to follow some of n prompts."
     each = list(target) if isinstance(target, list | tuple) else [target]*n
     if len(each) != n: raise ValueError(f'got {len(each)} targets for {n} prompts, expected one, or one for each')
-    for t in each:
+    for t in (each := [each[i] for i in which]):
         if not isinstance(t, str | int | Tensor) or isinstance(t, bool) or t == '':
             raise ValueError(f'got target {t!r}, expected a text of a token or more, or token ids')
     return [model.tokens(t)[0][0] for t in each]
@@ -75,16 +87,13 @@ def log_prob(
     target: str | int | Tensor | Sequence,  # text or ids; a list: one for each prompt
 ) -> Score:
     "The log-probability, in nats, that a text of one or more tokens follows."
-    def _score(model, prompts):
-        rows = prompt_rows(model, prompts)
-        after, out = _targets(model, target, len(rows)), torch.zeros(len(rows))
-        for n in {len(a) for a in after}:
-            alike = [i for i, a in enumerate(after) if len(a) == n]
-            for some, ids in by_length(model, [rows[i] for i in alike]):
-                which = [alike[i] for i in some]
-                out[which] = _forced(model, ids, torch.stack([after[i] for i in which])).sum(1).cpu()
+    def _batch(model, ids, which, n):
+        after, out = _targets(model, target, which, n), torch.zeros(len(ids))
+        for length in {len(a) for a in after}:
+            some = [i for i, a in enumerate(after) if len(a) == length]
+            out[some] = _forced(model, ids[some], torch.stack([after[i] for i in some])).sum(1).cpu()
         return out
-    return Score(f'log-probability of {_named(target)}', _score)
+    return Score.of_batches(f'log-probability of {_named(target)}', _batch)
 
 def prefers(
     target: str | int | Tensor | Sequence,  # one token; a list: one for each prompt
@@ -92,17 +101,14 @@ def prefers(
 ) -> Score:
     "By how much the logit of one next token is above that of another; ValueError for a text of several tokens."
     @torch.no_grad()
-    def _score(model, prompts):
-        rows = prompt_rows(model, prompts)
-        both = [_targets(model, t, len(rows)) for t in (target, other)]
+    def _batch(model, ids, which, n):
+        both = [_targets(model, t, which, n) for t in (target, other)]
         if long := [t for side in both for t in side if len(t) > 1]:
             raise ValueError(f'got a target of {len(long[0])} tokens {model.strings(long[0])}, expected one')
-        out, pairs = torch.zeros(len(rows)), torch.stack([torch.cat(side) for side in both], 1)
-        for some, ids in by_length(model, rows):
-            a, b = model.run(ids, last=True).logits[:, -1].float().gather(1, pairs[some]).cpu().unbind(1)
-            out[some] = a - b
-        return out
-    return Score(f'logit of {_named(target)} over {_named(other)}', _score, True)
+        pairs = torch.stack([torch.cat(side) for side in both], 1)
+        a, b = model.run(ids, last=True).logits[:, -1].float().gather(1, pairs).cpu().unbind(1)
+        return a - b
+    return Score.of_batches(f'logit of {_named(target)} over {_named(other)}', _batch, True)
 
 def judged(
     f: Callable[[str], float],  # of what is written after a prompt
@@ -110,14 +116,11 @@ def judged(
     name: str = '',  # what tables call it; '': the function's name
 ) -> Score:
     "Any number of the text that is written after each prompt, greedily."
-    def _score(model, prompts):
-        rows = prompt_rows(model, prompts)
+    def _batch(model, ids, which, n):
         if model.tokenizer is None: raise ValueError(f'got {model.name} without a tokenizer, expected one')
-        out = torch.zeros(len(rows))
-        for some, ids in by_length(model, rows, 2**12):
-            out[some] = torch.tensor([float(f(t)) for t in model.generate(ids, max_new_tokens).text])
-        return out
-    return Score(name or f'{getattr(f, "__name__", "a judge")} of {max_new_tokens} tokens', _score)
+        return torch.tensor([float(f(t)) for t in model.generate(ids, max_new_tokens).text])
+    name = name or f'{getattr(f, "__name__", "a judge")} of {max_new_tokens} tokens'
+    return Score.of_batches(name, _batch, most=2**12)
 
 def keywords(
     words: str | Iterable[str],
@@ -184,25 +187,39 @@ class NeutralText:
         if logits.numel() + sum(v.numel() for v in self.kept.values()) <= _KEPT: self.kept[i] = logits
         return logits
 
-    @torch.no_grad()
     def cost(
         self,
         under: Callable = lambda ids, length: nullcontext(),  # of ids and their prompt's length: what stands over them
         before: Tensor | None = None,  # ids that are put before each row
     ) -> np.ndarray:
         "Of each row (rows, 4): sum of KL, over how many tokens, how much log-likelihood is lost, over how many."
-        out = np.zeros((sum(len(some) for some, _ in self.batches), 4))
+        return self.costs(under, 1, before)[0]
+
+    @torch.no_grad()
+    def costs(
+        self,
+        under: Callable,  # as for `cost`; row r of the ids belongs to thing r % n
+        n: int,  # how many things stand over the rows side by side: each row is there n times, one after another
+        before: Tensor | None = None,
+    ) -> np.ndarray:
+        "The cost of each of n things that are run as one batch, (n, rows, 4)."
+        out = np.zeros((n, sum(len(some) for some, _ in self.batches), 4))
         for i, (some, ids) in enumerate(self.batches):
             clean, start, extra = self._clean(i), self._start(ids), 0 if before is None else len(before)
             read = ids if before is None else torch.cat([before.expand(len(ids), -1), ids], 1)
+            read = read.repeat_interleave(n, 0)
             with under(read, extra + start if self.half else None):
                 after = self.model.run(read).logits[:, extra + start - 1:]
-            step = max(1, 2**20//(len(ids)*clean.shape[2]))                # positions whose float64 fits 8 MiB
-            kl = torch.cat([kl_divergence(*p) for p in zip(clean.split(step, 1), after.split(step, 1))], 1)
-            p, q = (_likely(v[:, :-1], ids[:, start:], step) for v in (clean, after))
-            counts = np.broadcast_to([kl.shape[1], p.shape[1]], (len(ids), 2))
-            out[some] = np.c_[kl.sum(1), counts[:, 0], (p - q).sum(1), counts[:, 1]]
+            for k in range(n): out[k, some] = _counted(clean, after[k::n], ids[:, start:])
         return out
+
+def _counted(clean: Tensor, after: Tensor, ids: Tensor) -> np.ndarray:
+    "The four numbers of each row, from logits before and at its tokens."
+    step = max(1, 2**20//(len(ids)*clean.shape[2]))                        # positions whose float64 fits 8 MiB
+    kl = torch.cat([kl_divergence(*p) for p in zip(clean.split(step, 1), after.split(step, 1))], 1)
+    p, q = (_likely(v[:, :-1], ids, step) for v in (clean, after))
+    counts = np.broadcast_to([kl.shape[1], p.shape[1]], (len(ids), 2))
+    return np.c_[kl.sum(1), counts[:, 0], (p - q).sum(1), counts[:, 1]]
 
 def _likely(logits: Tensor, ids: Tensor, step: int) -> Tensor:
     "Log-probabilities of tokens, float64."

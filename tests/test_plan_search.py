@@ -6,10 +6,12 @@ import pytest
 import torch
 from test_subgraph import bare, hooks
 
+from circuitbench import plan_search
 from circuitbench.direction import Direction, mean_difference
 from circuitbench.load import load_model
 from circuitbench.plan_search import Candidate, Trial, as_candidates, propose, search_plans
 from circuitbench.sae import SAE, SAEConfig
+from circuitbench.scores import NeutralText, Score, judged, log_prob, prefers
 
 PROMPTS = [[5, 9, 41, 7], [5, 9, 30, 7, 8]]
 TEXT = torch.randint(1, 257, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -22,7 +24,7 @@ def model(): return load_model('mock://mamba2-tiny')
 
 def directions(model, n=4):
     g = torch.Generator().manual_seed(1)
-    return [Direction(torch.randn(32, generator=g), f'blocks.{k % 2}.resid_post', model.name, f'draw {k}') for k in range(n)]
+    return [Direction(torch.randn(model.sizes['d_model'], generator=g), f'blocks.{k % 2}.resid_post', model.name, f'draw {k}') for k in range(n)]
 
 
 def score(model, prompts): return torch.stack([model.run(p).logits[0, -1, 7] - model.run(p).logits[0, -1, 9] for p in prompts])
@@ -42,7 +44,8 @@ def by_hand(model, candidates, steps):
     return float(value), float((clean.exp()*(clean - now)).sum(-1).mean())
 
 
-def test_a_trial_is_a_run_of_the_bare_model_with_hooks(model):
+@pytest.mark.parametrize('score', [score, prefers(7, 9)], ids=['alone', 'together'])
+def test_a_trial_is_a_run_of_the_bare_model_with_hooks(model, score):
     found = search_plans(model, PROMPTS, score, directions(model), method='random', budget=6, most=10., **QUIET)
     assert len(found.trials) == 6 == len({t.steps for t in found.trials}) and bare(model) and not model.standing
     for t in found.trials: assert (t.score, t.kl) == pytest.approx(by_hand(model, found.candidates, t.steps), rel=1e-4, abs=1e-5)
@@ -81,6 +84,81 @@ def test_a_seed_and_a_file_give_the_same_search(model, method, tmp_path):
     assert len(calls) == 1 + 4 and rest.trials == whole.trials             # what had been run was not run again
     assert len((tmp_path/'trials').read_text().splitlines()) == 10
     with pytest.raises(ValueError, match='another search'): search_plans(model, PROMPTS, score, some[:2], checkpoint=tmp_path/'trials', **options)
+
+
+def alone(score):
+    "The same numbers, told by a function that knows nothing of rows."
+    return lambda model, prompts: score(model, prompts)
+
+
+def places(model):
+    "Pushes and writes, at whole sites and at heads, and what their scores are of."
+    g, some = torch.Generator().manual_seed(2), directions(model, 3)
+    for site, heads in (('ssm.state', None), ('ssm.state', (1, 0)), ('ssm.y', (0,)), ('ssm.write', None)):
+        shape = list(model.site_shape(f'blocks.1.{site}', 1, 1)[2:])
+        if heads: shape[0] = len(heads)
+        some.append(Direction(torch.randn(shape, generator=g), f'blocks.1.{site}', model.name, f'draw of {site}', heads=heads))
+    return some
+
+
+def same(a, b):
+    "Two searches: the same plans in the same order, the same numbers, the same winner."
+    assert [t.steps for t in a.trials] == [t.steps for t in b.trials] and a.best.steps == b.best.steps
+    for key in ('score', 'kl'):
+        assert [getattr(t, key) for t in a.trials] == pytest.approx([getattr(t, key) for t in b.trials], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize('name, method', [('mamba2-tiny', 'beam'), ('mamba2-tiny', 'random'), ('mamba2-tiny', 'single'), ('mamba1-tiny', 'beam'),
+                                          ('rwkv7-tiny', 'beam'), ('falcon-h1-tiny', 'beam'), ('hymba-tiny', 'random')])
+def test_plans_side_by_side_score_as_they_do_alone(name, method):
+    model, prompts = load_model(f'mock://{name}'), [*PROMPTS, [3, 4, 8, 9]]
+    some, text = places(model), [TEXT[0], TEXT[1, :7], TEXT[1]]
+    for s in (prefers([7, 8, 9], 5), log_prob([7, torch.tensor([8, 9, 3]), torch.tensor([5, 6])])):
+        both = [search_plans(model, prompts, f, some, text, method, 10., 21, seed=4, progress=False) for f in (s, alone(s))]
+        same(*both)
+        assert len(both[0].trials) == 21 and len({round(t.score, 4) for t in both[0].trials}) > 15
+    assert bare(model) and not model.standing
+
+
+def test_judged_text_is_written_side_by_side(model):
+    s = judged(lambda t: sum(map(ord, t)) % 97, 4)
+    same(*(search_plans(model, PROMPTS, f, directions(model), TEXT, 'random', 10., 10, strengths=(20., 40.), progress=False) for f in (s, alone(s))))
+
+
+@pytest.mark.parametrize('first, then', [(0, 1), (1, 0)])
+def test_files_are_of_one_kind_whether_plans_ran_alone_or_not(model, first, then, tmp_path):
+    scores, options = (prefers(7, 9), alone(prefers(7, 9))), dict(method='random', seed=3, most=10., **QUIET)
+    whole = search_plans(model, PROMPTS, scores[then], directions(model), budget=19, **options)
+    search_plans(model, PROMPTS, scores[first], directions(model), budget=11, checkpoint=tmp_path/'t', **options)
+    lines = (tmp_path/'t').read_text()
+    rest = search_plans(model, PROMPTS, scores[then], directions(model), budget=19, checkpoint=tmp_path/'t', **options)
+    same(rest, whole)
+    assert (tmp_path/'t').read_text().startswith(lines) and len((tmp_path/'t').read_text().splitlines()) == 20
+    assert [json.loads(x) for x in lines.splitlines()[1:]] == [[[list(e) for e in t.steps], t.score, t.kl] for t in rest.trials[:11]]
+
+
+def test_how_many_plans_run_at_once(model, monkeypatch):
+    "Eight; fewer where prompts are long, or the text is; one where a score is a function of prompts alone."
+    seen, read, s, costs = [], [], prefers(7, 9), NeutralText.costs
+    def _batch(model, ids, which, n):
+        seen.append((len(ids), list(which), n))
+        return s.batch(model, ids, which, n)
+    def _costs(self, under, n, before=None):
+        read.append(n)
+        return costs(self, under, n, before)
+    monkeypatch.setattr(NeutralText, 'costs', _costs)
+    counted = Score('counted', s.f, True, _batch)
+    def most(score):
+        seen.clear(), read.clear()
+        search_plans(model, PROMPTS, score, directions(model), TEXT, 'random', budget=19, progress=False)
+        return [k for k, which, n in seen if which == [0]*k], read
+    assert most(counted) == ([8, 8, 3], [8, 8, 3]) and seen[0][2] == 2 and seen[1][1] == [1]*8
+    monkeypatch.setattr(plan_search, '_TOKENS', 3*TEXT.numel())
+    assert most(counted) == ([8, 8, 3], [3, 3, 2, 3, 3, 2, 3])
+    monkeypatch.setattr(plan_search, '_TOKENS', 25)                        # the longest prompt has five
+    assert most(counted) == ([5, 5, 5, 4], [1]*19)
+    monkeypatch.setattr(plan_search, '_TOKENS', 1)
+    assert most(counted) == ([], [1]*19) and most(alone(s)) == ([], [1]*19)
 
 
 def test_budgets(model):
