@@ -147,8 +147,12 @@ def cost_of(model, plan, text):
     return nats(text.cost(lambda ids, length: plan.on(model, length)))
 
 
+WEAK, STRONG = (.25, .5, 1., 2.), (1., 2., 4., 8.)
+SEARCHES = {'single': WEAK, 'random': WEAK, 'beam': WEAK, 'single, to 8': STRONG, 'beam, to 8': STRONG}
+
+
 def found_by(model, swap, seed, coders, o):
-    "The three searches for one swap at the same budget: on 8 prompts at most and 4 rows of text; then on others."
+    "The searches for one swap at the same budget: on 8 prompts at most and 4 rows of text; then on others."
     asked, score = swap.asked[:8], prefers(*swap.answers)
     target, other = (int(model.tokens(w)[0][0, 0]) for w in swap.answers)
     states = as_candidates(mean_difference(model, swap.wanted, swap.asked, 'ssm.state', b) for b in model.recurrent())
@@ -156,13 +160,13 @@ def found_by(model, swap, seed, coders, o):
     rows = token_rows(model, None, 64, 4096)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     unseen, clean, out = NeutralText(model, rows[4:20]), float(score(model, swap.held).mean()), []
-    for method in ('single', 'random', 'beam'):
-        budget = 20 if o.quick else 100         # alone, every candidate at every strength
+    for name, strengths in SEARCHES.items():
+        method, budget = name.split(',')[0], 20 if o.quick else 100        # alone: every candidate at every strength
         found = search_plans(model, asked, score, [*latents, *states], rows[:4], method, .05, budget, seed=seed,
-                             progress=False)
+                             strengths=strengths, progress=False)
         with found.plan().on(model): after = score(model, swap.held)
         kl = cost_of(model, found.plan(), unseen)
-        out.append({'model': model.name, 'kind': swap.kind, 'swap': swap.name, 'seed': seed, 'search': method,
+        out.append({'model': model.name, 'kind': swap.kind, 'swap': swap.name, 'seed': seed, 'search': name,
                     'runs': len(found.trials), 's': found.seconds, 'clean': found.clean, 'score': found.best.score,
                     'KL': found.best.kl, 'steps': len(found.best.steps), 'held out, clean': clean,
                     'held out': float(after.mean()), 'turned': float((after > 0).float().mean()), 'KL, other text': kl})
@@ -186,8 +190,9 @@ def search(o):
     table(rows, o, 'One answer in the place of another: difference of logits at a KL of at most .05')
     summary = []
     for model, kind, method in dict.fromkeys((r['model'], r['kind'], r['search']) for r in rows):
+        single = method.replace('random', 'single').replace('beam', 'single')
         own, best = ([r for r in rows if (r['model'], r['kind'], r['search']) == (model, kind, m)]
-                     for m in (method, 'single'))
+                     for m in (method, single))
         ahead, behind = (sum(sign*(a['held out'] - b['held out']) > .1 for a, b in zip(own, best)) for sign in (1, -1))
         summary.append({'model': model, 'kind': kind, 'search': method, 'searches': len(own),
                         **{k: spread([r[k] for r in own]) for k in ('clean', 'score', 'held out, clean', 'held out',
