@@ -2,6 +2,7 @@
 
 python docs/build.py
 """
+import ast
 import json
 import os
 import re
@@ -19,6 +20,8 @@ ROOT = HERE.parent
 NBS, PAGES, EXTRA, HTML = ROOT/'nbs', *(ROOT/'_docs'/x for x in ('pages', 'extra', 'html'))
 REPO = 'circuitbench/circuitbench'
 GIT = f'https://github.com/{REPO}/blob/main'
+# Names of notebooks that in prose mostly mean something else: a site, an argument, a model, another package.
+WORDS = set('delta exact gguf measure persistence plan planted report scan scores site state step sweep course'.split())
 
 
 def notebooks() -> dict[str, Path]:
@@ -38,19 +41,49 @@ def said(nb: dict) -> tuple[str, str]:
 
 
 def links_between(text: str, name: str, books: dict[str, Path]) -> str:
-    "Makes links of the names of other notebooks that stand in backticks, in prose alone."
+    "Makes links of the names of other notebooks in backticks, in prose alone; a floor's with or without its number."
     short = {k.split('/')[-1]: k for k in books}
+    floors = {k[3:]: k for k in books if re.match(r'\d\d_', k) and k[3:] not in WORDS and not 10 < int(k[:2]) < 28}
     def one(m):
         inner = m[1].removeprefix('nbs/').removesuffix('.ipynb')
         to = inner if inner in books else short.get(inner if re.match(r'\d\d_', inner) or '.ipynb' in m[1] else '', '')
+        if not to and name != 'index': to = floors.get(m[1].removeprefix('circuitbench.'), '')
         if not to or to == name: return m[0]
         return f'[{m[0]}]({os.path.relpath(to, Path(name).parent)}.ipynb)'
     parts = re.split(r'(^```.*?^```|\[[^\]\n]*\]\([^)\n]*\))', text, flags=re.M | re.S)
     return ''.join(x if i % 2 else re.sub(r'(?<!`)`([^`\n]+)`(?!`)', one, x) for i, x in enumerate(parts))
 
 
-def bar(name: str, module: Module | None) -> str:
-    "The line below a title: the module's page, the file, and where the notebook runs."
+def neighbours(modules: dict[str, Module]) -> dict[str, str]:
+    "Notebook of a floor -> the floors that it builds on and those that build on it, as links."
+    books = {n.removeprefix('circuitbench.'): m.notebook for n, m in modules.items()}
+    on = {m.notebook: sorted({books[k] for k in imported(m) if k in books}) for m in modules.values()}
+    listed = lambda names: ', '.join(f'<a href="{n}.html">{n[3:]}</a>' for n in names)
+    out = {}
+    for n, below in on.items():
+        above = sorted(k for k, v in on.items() if n in v)
+        said = [f'Builds on {listed(below)}.'] if below else []
+        more = f' and {len(above) - 12} more' if len(above) > 12 else ''
+        if above: said.append(f'Used by {listed(above[:12])}{more}.')
+        out[n] = ' '.join(said)
+    return out
+
+
+def imported(module: Module) -> set[str]:
+    "What a module imports from its own package, by name within it."
+    found = set()
+    up = module.name.split('.')[1:-1]
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = up[:len(up) - node.level + 1] + (node.module.split('.') if node.module else [])
+            found |= {'.'.join(base), *('.'.join([*base, a.name]) for a in node.names)}
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('circuitbench.'):
+            found.add(node.module.removeprefix('circuitbench.'))
+    return found
+
+
+def bar(name: str, module: Module | None, near: str) -> str:
+    "The line below a title: the module's page, the file, where the notebook runs, and the floors next to it."
     up, out = '../'*name.count('/'), []
     if module: out.append(f'<a href="{up}reference/{module.name}.html">Reference of <code>{module.name}</code></a>')
     out.append(f'<a href="{up}notebooks/{name}.ipynb" download>Download the notebook</a>')
@@ -59,10 +92,10 @@ def bar(name: str, module: Module | None) -> str:
                    'Open in Colab</a>')
         out.append(f'<a class="badge" href="https://mybinder.org/v2/gh/{REPO}/main?labpath=nbs/{name}.ipynb">'
                    'Open in Binder</a>')
-    return f'\n\n<p class="bar">{" ".join(out)}</p>\n'
+    return f'\n\n<p class="bar">{" ".join(out)}</p>\n' + (f'<p class="near">{near}</p>\n' if near else '')
 
 
-def staged(name: str, nb: dict, books: dict[str, Path], module: Module | None) -> dict:
+def staged(name: str, nb: dict, books: dict[str, Path], module: Module | None, near: str = '') -> dict:
     "A notebook as it goes to Sphinx: links and the bar put in, directives of the export taken out."
     cells, titled = [], False
     for c in nb['cells']:
@@ -70,17 +103,25 @@ def staged(name: str, nb: dict, books: dict[str, Path], module: Module | None) -
         if c['cell_type'] == 'markdown':
             text = links_between(text, name, books)
             if not titled and (head := re.search(r'^# .+(\n+> .+)?', text, re.M)):
-                text, titled = text[:head.end()] + bar(name, module) + text[head.end():], True
+                text, titled = text[:head.end()] + bar(name, module, near) + text[head.end():], True
         elif c['cell_type'] == 'code':
             marks = re.findall(r'^#\| *(.+)\n?', text, re.M)
             if any(m.startswith(('default_exp', 'hide')) for m in marks) and not c['outputs']: continue
             if any(m.startswith('echo: false') for m in marks): c['metadata']['tags'] = ['remove-input']
             text = re.sub(r'^#\|.*\n?', '', text, flags=re.M)
+            if only_imports(text): c['metadata']['tags'] = ['hide-input']
             for o in c['outputs']:                       # a widget's picture is its HTML
                 if len(o.get('data', {})) > 1: o['data'].pop('application/vnd.jupyter.widget-view+json', None)
         cells.append(c | {'source': text})
     nb['metadata'].pop('widgets', None)
     return nb | {'cells': cells}
+
+
+def only_imports(text: str) -> bool:
+    "Is a cell nothing but imports, six lines of them or more?"
+    try: body = ast.parse(text).body
+    except SyntaxError: return False                                   # a magic
+    return text.count('\n') > 4 and all(isinstance(x, ast.Import | ast.ImportFrom) for x in body)
 
 
 def toctree(entries: list[str], *options: str) -> str:
@@ -98,6 +139,16 @@ def listed(title: str, intro: str, names: list[str], books: dict[str, Path], num
         entries.append(f'{head} <{n}>')
     table = '\n'.join(['| notebook | what it tells |', '|---|---|', *rows])
     return f'# {title}\n\n{intro}\n\n{table}\n\n{toctree(entries, ":hidden:")}'
+
+
+def floors_page(floors: list[str], books: dict[str, Path]) -> str:
+    "The package as a book: the parts that book.md names, and in each its notebooks in order."
+    intro, *parts = re.split(r'^## (\d\d)-(\d\d) ', (HERE/'book.md').read_text(encoding='utf8'), flags=re.M)
+    out = ['# The floors', '', intro]
+    for low, high, text in zip(*[iter(parts)]*3):
+        title, about = text.split('\n', 1)
+        out.append('#' + listed(title, about.strip(), [n for n in floors if low <= n[:2] <= high], books, number=True))
+    return links_between('\n'.join(out), 'floors', books)
 
 
 def stories(folder: str, books: dict[str, Path]) -> list[str]: return [n for n in books if n.startswith(folder + '/')]
@@ -135,10 +186,10 @@ def lay_out() -> None:
     "Writes every page that Sphinx reads."
     for folder in (PAGES, EXTRA): shutil.rmtree(folder, ignore_errors=True)
     books, modules = notebooks(), read_modules(ROOT)
-    made = {m.notebook: m for m in modules.values()}
+    made, near = {m.notebook: m for m in modules.values()}, neighbours(modules)
     for name, path in books.items():
         (PAGES/name).parent.mkdir(parents=True, exist_ok=True)
-        nb = staged(name, read(path), books, made.get(name))
+        nb = staged(name, read(path), books, made.get(name), near.get(name, ''))
         if name == 'index':
             nb['cells'].append(dict(cell_type='markdown', id='toc', metadata={}, source=contents(books)))
         (PAGES/f'{name}.ipynb').write_text(json.dumps(nb), encoding='utf8')
@@ -151,8 +202,7 @@ def lay_out() -> None:
     write('tutorials', listed('Tutorials', 'Stories, each run from top to bottom.', stories('tutorials', books), books))
     if course := stories('course', books): write('course', listed('Course', 'Units in order.', course, books))
     write('howto', listed('How to', 'One thing each.', howto, books))
-    write('floors', listed('The floors', 'The number of a notebook is its floor: a module imports only from lower '
-                           'ones, so that reading in order needs nothing from further on.', floors, books, number=True))
+    write('floors', floors_page(floors, books))
     (PAGES/'reference').mkdir()
     for m in modules.values(): (PAGES/'reference'/f'{m.name}.rst').write_text(page(m, modules), encoding='utf8')
     write('reference', reference_page(modules))
