@@ -92,6 +92,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
   const words = c.graphs[0].words || [], quoted = t => words[t] === undefined ? '' : ` ${JSON.stringify(words[t])}`
   root.innerHTML = `<style>${CSS}</style><div class="cbv board" data-lm-suppress-shortcuts="true">${HTML}<i style="display:none;color:light-dark(#000,#fff)"></i></div>`
   const box = root.querySelector('.board'), $ = s => box.querySelector(s), probe = box.lastElementChild, scene = $('.scene')
+  box.addEventListener('focusin', e => { e.target.dataset.lmSuppressShortcuts = true })   // JupyterLab looks at the focused one first
   const st = {n: 1, given: true, which: two ? 2 : 0, spread: T > 1, unit: null, at: null, hidden: new Set(), pinned: new Set(), off: new Set(), text: '', only: false}
 
   // units: what is drawn; ports of one head are marks at it, a port that several heads share is a pill between them

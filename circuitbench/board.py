@@ -21,7 +21,7 @@ from traitlets import Bool, Bytes, Int, Unicode, validate
 
 from .dashboard import pack
 from .draw import RAMPS, STYLE, esc, num, table, wrap
-from .view import Still, save_page
+from .view import Still, save_page, script
 
 # %% ../nbs/67_board.ipynb #packed
 def board_data(
@@ -115,8 +115,7 @@ def board_view(
     "A circuit as HTML that can be handled without a kernel; ValueError for what is no circuit and unknown nodes."
     data, start = board_data(body, compare, names, details), json.dumps(_start(body, node, size))
     return wrap(f'<div class="board-root" data-start="{esc(start)}">{_still(body)}<script type="text/plain">'
-                f'{b64encode(data).decode()}</script></div><script type="module">'
-                f'{_MODULE.read_text(encoding="utf-8")}\nboards()</script>', tag='div')
+                f'{b64encode(data).decode()}</script></div>{script("board.js", "boards()")}', tag='div')
 
 def _start(body, node: str, size: int) -> dict:
     ids, ends = _checked(body)

@@ -1,4 +1,4 @@
-// Plays a film of states: `render` is what anywidget calls, `play` what a page of its own does. No build step.
+// Plays a film of states: `render` is what anywidget calls, `films` what a page of its own does. No build step.
 
 const CSS = `
 .film [hidden]{display:none!important} .film{outline-offset:4px} .film .bar{display:flex;flex-wrap:wrap;gap:.5rem 1rem;align-items:center;
@@ -74,6 +74,7 @@ data-lm-suppress-shortcuts="true">${HTML}<i style="display:none;color:light-dark
     return x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4 }); return .2126 * r + .7152 * g + .0722 * b < .179 ? '#fff' : '#000' }
   const place = (x, lo, hi) => isNaN(x) ? 0 : 1 + Math.round(254 * Math.min(1, Math.max(0, (x - lo) / (hi - lo))))
   const small = document.createElement('canvas'), paint = small.getContext('2d')
+  box.addEventListener('focusin', e => { e.target.dataset.lmSuppressShortcuts = true })   // JupyterLab looks at the focused one first
   let own = false, dark = false, playing = null, due = 0, frames = 0, colours = {}
 
   // what the film says
@@ -365,12 +366,13 @@ data-lm-suppress-shortcuts="true">${HTML}<i style="display:none;color:light-dark
   return {set, stop() { pause(); cancelAnimationFrame(due); look.disconnect(); theme.disconnect(); scheme.removeEventListener('change', later) }}
 }
 
-// From the page of `StateFilm.to_html`.
-export function play(root, start) {
-  const bytes = name => { const s = atob(document.getElementById(`film-${name}`).textContent), out = new Uint8Array(s.length)
-    for (let i = 0; i < s.length; i++) out[i] = s.charCodeAt(i)
-    return out }
-  return mount(root, bytes('data'), bytes('ramps'), start)
+// From a page or a saved notebook: every film that does not play yet, once it can be seen.
+export function films() {
+  const bytes = s => Uint8Array.from(atob(s.textContent), x => x.charCodeAt(0))
+  for (const e of document.querySelectorAll('.film-root:not([data-on])')) { e.dataset.on = 1
+    const [data, ramps] = [...e.querySelectorAll('script[type="text/plain"]')].map(bytes), start = JSON.parse(e.dataset.start)
+    const watch = new ResizeObserver(() => { if (e.clientWidth) { watch.disconnect(); mount(e, data, ramps, start) } })
+    watch.observe(e) }
 }
 
 export default {

@@ -24,7 +24,7 @@ from .file import beside, packed, read_record
 from .hook import HookedModel
 from .patching import StatePatches, base_run
 from .pictures import one_picture, pictures, read_alone
-from .view import Still, save_page
+from .view import Still, save_page, script
 
 # %% ../nbs/57_film.ipynb #StateFilm
 _FORMAT = 'circuitbench.state_film'
@@ -255,10 +255,9 @@ def _player(film: StateFilm, **start) -> str:
     "The film, its player and, until that runs, its still picture as HTML."
     i, t, h = film.at(**start)
     begin = {'layer': film.layers[i], 'step': t, 'head': film.heads[h]}
-    text = lambda kind, data: f'<script type="text/plain" id="film-{kind}">{b64encode(data).decode()}</script>'
-    call = f"play(document.getElementById('film'), {json.dumps(begin)})".replace('<', '\\u003c')
-    return (f'<div id="film">{film_view(film, *begin.values())}</div>{text("data", film.to_bytes())}'
-            f'{text("ramps", _RAMPS)}<script type="module">{_MODULE.read_text(encoding="utf-8")}\n{call}</script>')
+    data = ''.join(f'<script type="text/plain">{b64encode(x).decode()}</script>' for x in (film.to_bytes(), _RAMPS))
+    return (f'<div class="film-root" data-start="{esc(json.dumps(begin))}">{film_view(film, *begin.values())}{data}'
+            f'</div>{script("film.js", "films()")}')
 
 class StateInspector(Still, anywidget.AnyWidget):
     "Plays a film of states; `layer`, `step` and `head` follow what is chosen, and can be set."
@@ -283,6 +282,7 @@ class StateInspector(Still, anywidget.AnyWidget):
         self.film = film
         i, t, h = film.at(layer, step, head)
         super().__init__(data=film.to_bytes(), layer=film.layers[i], step=t, head=film.heads[h])
+        self._plays = False
         self.add_class('cbv-live')
 
     @validate('layer', 'step', 'head')
@@ -292,8 +292,14 @@ class StateInspector(Still, anywidget.AnyWidget):
 
     @property
     def html(self) -> str:
-        "The still picture of what is chosen."
+        "The picture of what is chosen; the whole player after `precompute`."
+        if self._plays: return _player(self.film, layer=self.layer, step=self.step, head=self.head)
         return film_view(self.film, self.layer, self.step, self.head)
+
+    def precompute(self) -> 'StateInspector':
+        "Lets the saved output play without a kernel: it then holds the film and its player."
+        self._plays = True
+        return self
 
     def to_html(self, path: str | Path) -> Path:
         "Writes one self-contained file that begins at what is chosen."

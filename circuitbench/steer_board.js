@@ -64,6 +64,8 @@ export function mount(root, state, tell) {
     sync(); later()
   }
 
+  box.addEventListener('focusin', e => { e.target.dataset.lmSuppressShortcuts = true })   // JupyterLab looks at the focused one first
+
   // -- the rows
   function build() {
     lines = about.directions.map((d, k) => {
@@ -101,7 +103,6 @@ export function mount(root, state, tell) {
     $('.new').max = about.most; $('.model').textContent = about.model
     if (!tell) for (const e of box.querySelectorAll('.bar input,.rows :is(input,select),.which,.strip button,.go')) e.disabled = true
     $('.still-note').hidden = !!tell; $('.stop').hidden = !tell
-    for (const e of box.querySelectorAll('input,select,button,[tabindex]')) e.dataset.lmSuppressShortcuts = true   // JupyterLab looks at the focused one first
   }
   function pick(t) {
     if (which < 0) return
