@@ -157,7 +157,7 @@ class Partners:
 
     def __repr__(self):
         n, sites = [self.count(i) for i in (0, 1)], [s.site for s in self.sides]
-        wide = max(12, *map(len, sites))
+        wide = max(14, *map(len, sites))
         line = lambda name, cells: f'{name:46}' + ''.join(f'{c:>{wide + 2}}' for c in cells)
         live = [sum(c.values()) - c['rare'] for c in n]
         share = lambda k, i: f'{n[i][k]:,}' + (f' ({n[i][k]/live[i]:.1%})' if live[i] and k != 'rare' else '')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuitbench import checks_memory, course
+from circuitbench import checks_hooks, checks_memory, course
 from circuitbench.course import BEGIN, END, exercises, read_unit, slides, student_version
 from circuitbench.edit import Edits, mean, patch, zero
 from circuitbench.load import load_model
@@ -262,7 +262,7 @@ def forgets():
 
 
 def ablations():
-    site, prompts = 'blocks.0.ssm.out', list(checks_memory.others())
+    site, prompts = 'blocks.0.ssm.out', list(checks_hooks.others())
     source = lambda name=site: tiny().run_with_cache(prompts, name)[1][name]
     return [((last(zero(site)),), 'zero ablation'), ((last(mean(site, seen(site))),), 'own positions'), ((last(mean(site, source(), over='batch')),), 'each position'),
             ((last(mean(site, source(), at=-1)),), 'last position'), ((last(mean('blocks.1.ssm.out', source('blocks.1.ssm.out'))),), 'block 1'), ((last(),), 'Nothing is changed')]
