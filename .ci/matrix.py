@@ -20,7 +20,8 @@ from shutil import copytree, ignore_patterns
 
 ROOT = Path(__file__).parents[1]
 PYTHONS, ENDS = ('3.11', '3.12', '3.13'), ('lowest', 'newest')
-TESTS = 'test_verbs.py', 'test_hook.py', 'test_scan.py', 'test_load.py', 'test_tiny.py::test_weights_are_all_there'
+TESTS = 'test_verbs.py', 'test_hook.py', 'test_scan.py', 'test_load.py', 'test_state.py', \
+    'test_tiny.py::test_weights_are_all_there'
 SHOWN = 'torch', 'transformers', 'numpy', 'scipy', 'safetensors', 'ipywidgets'
 
 

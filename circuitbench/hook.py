@@ -26,7 +26,7 @@ from .draw import esc, token_strip, wrap
 from .edit import Edit, Edits, Meta, Rows, check_at, live, positions
 from .listen import Cache, Generation, Listener, Output, Read
 from .record import Delta, Mamba
-from .seam import CACHE
+from .seam import cache_name, cache_of
 from .site import (
     BLOCK_SITES, MODEL_SITES, PER_STEP, Point, SiteTable, adapter_for, check_transformers, resolve, short, spans)
 from .state import State, from_cache, into_cache
@@ -207,7 +207,8 @@ class HookedModel:
             with listening(self, ear, backend, mask, grad, options['use_cache'], last, rows), recording:
                 out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
         strings = [self.strings(r) for r in ids] if names else []
-        kept = from_cache(out[CACHE], tokens, mask, self.adapter.family, self.adapter.turned) if keep_state else None
+        cache = cache_of(out) if keep_state else None
+        kept = from_cache(cache, tokens, mask, self.adapter.family, self.adapter.turned) if keep_state else None
         return Output(out.logits, ids, mask, kept), Cache(ear.heard, ear.pos, ear.paths, strings), ear.notes
 
     def _state_for(self, state: State, ids: Tensor, mask: Tensor | None, backend: str) -> tuple[State, Tensor | None]:
@@ -225,13 +226,13 @@ class HookedModel:
         "transformers' cache with a state's tensors, as an argument of the model."
         cache = deepcopy(self.blank)
         into_cache(state, cache, self.adapter.turned)
-        return {CACHE: cache}
+        return {cache_name(self.hf): cache}
 
     @cached_property
     def blank(self):
         "transformers' cache of this model after one token, whose tensors `into_cache` replaces."
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with torch.no_grad(): return self.hf(input_ids=ids, use_cache=True)[CACHE]
+        with torch.no_grad(): return cache_of(self.hf(input_ids=ids, use_cache=True))
 
     def recurrent(self, layers: int | Iterable[int] | None = None) -> list[int]:
         "The chosen blocks, None: all with a recurrence; ValueError for a block without one."

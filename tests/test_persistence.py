@@ -17,7 +17,7 @@ from circuitbench.layout import from_pth
 from circuitbench.load import load_model
 from circuitbench.persistence import Persistence, fit, persistence, persistence_view
 from circuitbench.record import Delta
-from circuitbench.seam import CACHE
+from circuitbench.seam import cache_name, cache_of
 from circuitbench.write_or_push import write_or_push
 
 FAMILIES = ['mamba1', 'mamba2', 'rwkv7', 'qwen3-next', 'olmo-hybrid', 'kimi-linear', 'jamba', 'falcon-h1', 'hymba']
@@ -49,12 +49,12 @@ def states(cache, turned):
 def stepped(model, layer, change, ids=IDS, at=AT, n=N):
     "The bare model, a token at a time from `at` on, after a change of the state before it: logits and states after each."
     turned, seen = model.adapter.turned, []
-    cache = model.hf(input_ids=ids[:, :at], use_cache=True)[CACHE]
+    cache = cache_of(model.hf(input_ids=ids[:, :at], use_cache=True))
     S = cache.layers[layer].recurrent_states[0]
     S += (change[:, 0] if S.dim() == 3 else change.mT if turned else change)[None].to(S)
     for t in range(at, at + n + 1):
-        out = model.hf(input_ids=ids[:, t:t + 1], use_cache=True, **{CACHE: cache})
-        seen.append((out.logits[0, -1].double(), states(out[CACHE], turned)))
+        out = model.hf(input_ids=ids[:, t:t + 1], use_cache=True, **{cache_name(model.hf): cache})
+        seen.append((out.logits[0, -1].double(), states(cache_of(out), turned)))
     return seen
 
 

@@ -332,12 +332,13 @@ class Rwkv7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,  # the last so many positions, or these; 0 is all
         past_key_values=None,  # `cache`, as it was called before
+        cache_params=None,  # the same
         **kwargs,
     ) -> CausalLMOutputWithPast:
         "Logits (batch, pos, vocab), the loss if there are labels, and the cache."
         cache = past_key_values if cache is None else cache
         out = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states,
-                         cache_params=kwargs.pop('cache_params', None), return_dict=True)
+                         cache_params=cache_params, return_dict=True)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep])
         loss = None
