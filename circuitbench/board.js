@@ -665,7 +665,9 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     if (st.spread) bits.push(make('span', null, make('i', {className: 'along'}), ' along a row: what a part carries on to later tokens'))
     if (ports) bits.push(make('span', null, `into a head: ${ports}`))
     $('.lg').replaceChildren(...bits) }
-  $('.n').oninput = e => count(all ** (+e.target.value / 1000)); $('.count').oninput = e => count(+e.target.value)
+  $('.n').oninput = e => { const now = present(which()[0]), n = Math.round(all ** (+e.target.value / 1000))
+    count(n == now ? now + Math.sign(e.target.value - Math.round(1000 * log(now))) : n) }     // a key moves it by an edge at least
+  $('.count').oninput = e => count(+e.target.value)
   $('.given').onclick = () => { st.given = true; send(); later() }
   $('.find').oninput = e => { st.text = e.target.value; later() }
   $('.only').onchange = e => { st.only = e.target.checked; rows = []; later() }

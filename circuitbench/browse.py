@@ -245,5 +245,5 @@ class SAEInspector(Inspector):
         fold = lambda label, j: f'<details><summary>{esc(label)}</summary>{latent_view(self.report, j)}</details>'
         folded = ''.join(fold(label, j) for label, j in first if j >= 0)
         listed = latent_table(self.report, [j for _, j in first if j >= 0]) + wrap(folded, tag='div')
-        sections = [('Chosen', self.html), ('All latents', overview(self.report)), ('One by one', listed)]
+        sections = [('Chosen', self._saved()), ('All latents', overview(self.report)), ('One by one', listed)]
         return save_page(path, 'Latents', sections, self.title)

@@ -406,7 +406,8 @@ def activation_view(
         where = f'{where} after token {label[position]!r}'
         return strip + heatmap(value[position], title=where, xlabel='d_state', ylabel='d_head', signed=True)
     xlabel = 'head' if has_heads and not one_head else 'component'
-    return strip + heatmap(value.flatten(1), rows=label, title=where, xlabel=xlabel, ylabel='token', signed=True)
+    return strip + heatmap(value.flatten(1), rows=label, title=where, xlabel=xlabel, ylabel='token',
+                           signed=bool((value < 0).any()))
 
 class HookInspector(Inspector):
     "Sliders over site, block, head and position of one run; every step of every state can be played."

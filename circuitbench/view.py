@@ -139,6 +139,10 @@ def _player(slider):
     for trait in ('value', 'min', 'max'): widgets.link((slider, trait), (play, trait))
     return play
 
+# Notebooks take keys from sliders unless what has the focus says that it wants them; plain widgets cannot say so.
+_KEYS = ("this.closest('.cbv-live')?.addEventListener('focusin',"
+         "e=>{e.target.dataset.lmSuppressShortcuts='true'})")
+
 # Shows the view of the chosen value, and says that value.
 _SWITCH = ("const f=this.closest('.sw'),k=+this.value;"
            "for(const e of f.children)if(e.dataset.k)e.hidden=e.dataset.k!=k;"
@@ -232,7 +236,8 @@ class Inspector(Still, widgets.VBox):
         rows = [widgets.HBox([_player(w), w]) if k in play else w for k, w in self.controls.items()]
         head = [widgets.HTML(f'<strong>{esc(title)}</strong>')] if title else []
         bar = widgets.HBox(rows, layout=widgets.Layout(flex_flow='row wrap', grid_gap='4px 16px'))
-        super().__init__([*head, bar, self._picture])
+        keys = widgets.HTML(f'<style onload="{_KEYS}">.cbv-live{{}}</style>', layout=widgets.Layout(display='none'))
+        super().__init__([*head, bar, self._picture, keys])
         self.add_class('cbv-live')
         self._draw()
         for w in self.controls.values(): w.observe(self._moved, 'value')
@@ -338,7 +343,8 @@ class Inspector(Still, widgets.VBox):
     def _said(self):
         "Say the controls and their values, but for one that works in the page."
         own = self._works and self._works[0]
-        return ' · '.join(f'{w.description} {num(w.value)}' for k, w in self.controls.items() if k != own)
+        return ' · '.join(f'{w.description} {num(w.value)}' for k, w in self.controls.items()
+                          if k != own and w.value != '')
 
     def __repr__(self):
         return f'{type(self).__name__}({", ".join(filter(None, [self.title, self._said()]))})'

@@ -215,7 +215,7 @@ def lay_out() -> None:
 
 def contents(books: dict[str, Path]) -> str:
     "The navigation."
-    learn = ['tutorials', *(['course'] if stories('course', books) else []), 'howto', 'floors']
+    learn = ['gallery', 'tutorials', *(['course'] if stories('course', books) else []), 'howto', 'floors']
     tables = ['sites', 'families', 'truth_table', 'bench']
     return '\n'.join([toctree(learn, ':hidden:', ':caption: Learn'),
                       toctree(['reference', 'glossary'], ':hidden:', ':caption: Look up'),

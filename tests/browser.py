@@ -86,8 +86,11 @@ def watched_page(browser, **options):
 
 
 @contextmanager
-def jupyter_lab(folder: Path):
-    "The address of a JupyterLab that serves a folder on loopback without a token, with settings of its own."
+def jupyter_lab(folder: Path, app='jupyterlab'):
+    """The address of a JupyterLab that serves a folder on loopback without a token, with settings of its own.
+
+    app='notebook' starts Notebook 7 instead, whose server has JupyterLab too.
+    """
     home = Path(folder) / '.jupyter-home'
     (home / 'labconfig').mkdir(parents=True)
     news = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}     # its dialog covers all
@@ -101,15 +104,16 @@ def jupyter_lab(folder: Path):
         port = s.getsockname()[1]
     args = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}',
             '--ServerApp.port_retries=0', '--IdentityProvider.token=', '--PasswordIdentityProvider.hashed_password=',
-            f'--ServerApp.root_dir={folder}', '--LabApp.expose_app_in_browser=True']
+            f'--ServerApp.root_dir={folder}', '--LabApp.expose_app_in_browser=True',
+            '--JupyterNotebookApp.expose_app_in_browser=True']
     log = open(home / 'log', 'w+')
-    command = [sys.executable, '-m', 'jupyterlab', *args]
+    command = [sys.executable, '-m', app, *args]
     server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         url, until = f'http://127.0.0.1:{port}', time.monotonic() + 60
         while not _answers(url + '/api'):
             if server.poll() is not None or time.monotonic() > until:
-                pytest.fail('JupyterLab did not start:\n' + (home / 'log').read_text()[-3000:])
+                pytest.fail(f'{app} did not start:\n' + (home / 'log').read_text()[-3000:])
             time.sleep(.1)
         yield url, Path(folder)
     finally:
