@@ -90,6 +90,8 @@ def test_notebooks_were_run_and_are_small():
         shown = [o for _, s, outputs in cells(path) for o in outputs]
         assert shown and not any(o['output_type'] == 'error' for o in shown), path
         assert not re.search(r'(?<![\w.])/(home|root|work|Users)/\w', path.read_text()), path
+        ids = re.findall(r'^   "id": "(.+)"', path.read_text(), re.M)
+        assert len(ids) == len({*ids}), path
 
 
 def test_the_readme_is_its_notebook():
