@@ -6,7 +6,7 @@
 __all__ = ['continuation', 'Case', 'cases', 'Sheet', 'sheet', 'scores', 'Cell', 'cells', 'running_means', 'ablated']
 
 # %% ../nbs/50_ablate.ipynb #943c99fd
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
@@ -101,7 +101,7 @@ class Sheet(NamedTuple):
 
 def sheet(
     these: Sequence[Case],
-    metric: str = 'logit_diff',  # or 'log_prob'
+    metric: str | Callable = 'logit_diff',  # or 'log_prob'; a function's cases have no targets
     device='cpu',
 ) -> Sheet:
     "Lays out cases: a row for each target, one more for a wrong answer of several tokens."

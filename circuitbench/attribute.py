@@ -103,6 +103,8 @@ def attribute(
 
 class _Attribution:
     "Sums over batches."
+    cached: tuple
+
     def __init__(self, model, graph, metric, frozen, ablation, by_position):
         self.model, self.graph, self.metric, self.frozen, self.ablation = model, graph, metric, frozen, ablation
         self.by_position, self.mean, self.clean, self.corrupt = by_position, None, 0., 0.

@@ -168,7 +168,7 @@ def measure(
     """
     if not isinstance(controls, int) or controls < 0: raise ValueError(f'got controls={controls!r}, expected 0 or more')
     plan, bench, done, note = _plan(plan), _Bench(model, prompts, score, text), {}, ''
-    todo = {'clean': {}, 'plan': dict(plan=plan)}
+    todo: dict[str, dict] = {'clean': {}, 'plan': dict(plan=plan)}
     if prompted is not None: todo['prompting'] = dict(before=model.tokens(prompted)[0][0])
     if all(s.kind == 'decay' and s.heads is None for s in plan.steps):
         controls, note = 0, 'there is nothing to draw at random'

@@ -99,7 +99,7 @@ def _nodes(model, graph: Graph, chosen: set, batches, measure, clean: float, out
         out[k] = clean - _mean(model, Plan(graph, graph.edges[:, 1] != k), batches, measure)
         bar.update()
 
-def _stage(n: Node) -> int: return n.reads if n.kind == 'port' else math.ceil(n.writes)
+def _stage(n: Node) -> float: return n.reads if n.kind == 'port' else math.ceil(n.writes)
 
 def _mean(model, plan: Plan, batches, measure: Callable) -> float:
     "The metric with the edges of a plan, mean over all pairs."

@@ -103,7 +103,7 @@ def read_record(
 
 def _built(cls, note: dict, tensors: dict[str, Tensor], prefix: str, inner: dict):
     "A record of its parts."
-    own = {}
+    own: dict = {}
     for name in (f.name for f in fields(cls)):
         if prefix + name in tensors: own[name] = tensors[prefix + name]
         elif name in inner and note.get(name) is not None:

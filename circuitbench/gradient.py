@@ -92,8 +92,8 @@ def sparse_slope(
         grads['E'].addr_(grads['b_enc'], w['b_dec'], alpha=-1)
         grads['b_dec'] = grads['b_dec'] - total(peers, grads['b_enc'] @ E)
     fired = torch.zeros(d_sae, dtype=torch.bool, device=x.device).index_fill_(0, latent, True)
-    figures = {'loss': rest.square().sum(2).mean()/loss.var, 'l0': total(peers, x.new_tensor(len(value)/n)),
-               'least': lowest(peers, value)}
+    figures: dict = {'loss': rest.square().sum(2).mean()/loss.var, 'l0': total(peers, x.new_tensor(len(value)/n)),
+                     'least': lowest(peers, value)}
     return Slope(grads, figures, fired, pre, rest[:, -1])
 
 # %% ../nbs/40_gradient.ipynb #dense
@@ -120,7 +120,7 @@ def dense_slope(
             total = total + (t - alone).square().sum(1).mean()/loss.var
         grads = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
     on = z.detach() > 0
-    figures = {'loss': total.detach(), 'l0': on.sum()/len(x), 'least': 0.}
+    figures: dict = {'loss': total.detach(), 'l0': on.sum()/len(x), 'least': 0.}
     return Slope(grads, figures, on.any(0), pre.detach(), (t - y).detach())
 
 def _activations(cfg, w, pre, loss) -> tuple[Tensor, Tensor]:

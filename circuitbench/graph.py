@@ -286,7 +286,7 @@ class _Block:
     def _ports(self, branch: str, site: str, apart: bool) -> list[Node]:
         "Ports of a site: one a head, or a group of heads that share it; apart by lag if that is asked for."
         v, name, full = self.at(site), site, f'blocks.{self.i}.{site}'
-        groups = [None]
+        groups: list = [None]
         if apart:
             groups = []
             for h in range(v.shape[1]):

@@ -166,6 +166,8 @@ def _read(at):
 # %% ../nbs/74_interventions.ipynb #run
 class _Gate:
     "A condition during a run."
+    latched: Tensor | None
+
     def __init__(self, when: When, real: Tensor):
         self.when, self.real, self.on, self.latched, self.end = when, real, {}, None, 0
 

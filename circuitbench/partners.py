@@ -200,6 +200,8 @@ def _rolled(m: Tensor, by: int) -> Tensor:
 
 class _Best:
     "The highest of each latent of a and of each of b, over blocks of a."
+    b: tuple[Tensor, Tensor] | None
+
     def __init__(self, live: tuple[Tensor, Tensor]):
         self.live, self.a, self.b = live, [], None
 

@@ -216,7 +216,7 @@ def head_columns(
     n = model.sizes.get('head', 0)
     if heads is None: heads = 'all' if model.sizes.get('d_head') == 1 else 'each'
     if heads == 'all': return [None]
-    columns = list(range(n)) if heads == 'each' else [heads] if isinstance(heads, int) else list(heads)
+    columns: list = list(range(n)) if heads == 'each' else [heads] if isinstance(heads, int) else list(heads)
     if not columns or any(not isinstance(h, int) or not 0 <= h < n for h in columns):
         raise ValueError(f"got heads={heads}, expected 'each', 'all' or some of 0 to {n - 1}")
     return columns

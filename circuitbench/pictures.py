@@ -19,7 +19,7 @@ from .patching import Base, above
 from .record import Delta, Mamba
 
 # %% ../nbs/56_pictures.ipynb #pool
-POOLS = {'mean': (Tensor.mean,), 'largest': (Tensor.amax, Tensor.amin)}
+POOLS: dict[str, tuple] = {'mean': (Tensor.mean,), 'largest': (Tensor.amax, Tensor.amin)}
 
 def pool(
     x: Tensor,

@@ -14,6 +14,8 @@ from .graph import Graph
 # %% ../nbs/61_plan.ipynb #plan
 class Plan:
     "Which streams the readers of each stage want, for a set of kept edges, and which copies of the prompt bring them."
+    cut: dict[tuple[int, int], Tensor | float]
+
     def __init__(
         self,
         graph: Graph,
@@ -40,7 +42,7 @@ class Plan:
         self._ports()
         self._lay_out()
 
-    def _stream(self, stage: int, rows: list[int], part: Tensor) -> int:
+    def _stream(self, stage: float, rows: list[int], part: Tensor) -> int:
         "The number of a stream at a stage: the same for readers that want the same."
         full = torch.zeros(len(self.place), *part.shape[1:])
         full = full.index_put((torch.tensor(rows, dtype=torch.long),), part.float())

@@ -54,7 +54,8 @@ def placed(
     row: SteerRow,
 ) -> Direction:
     "The direction at a row's layer and head."
-    change, own = {}, direction.heads
+    change: dict = {}
+    own = direction.heads
     if row.layer is not None: change['site'] = f'blocks.{row.layer}.{short(direction.site)}'
     if row.head is not None and own is not None and len(own) == 1: change['heads'] = (row.head,)
     elif row.head is not None:

@@ -232,7 +232,7 @@ def _means(model, group: list[Cell], ablation: str, s: Sheet, data) -> dict[str,
     if ablation == 'zero': return None
     if ablation == 'mean': return running_means(model, names, s.ids, s.weight, s.mask)
     rows = token_rows(model, shipped_text('held') if data is None else data, 128, 4096).to(model.device)
-    total = dict.fromkeys(names, 0)
+    total: dict = dict.fromkeys(names, 0)
     for part in rows.split(8):
         means = running_means(model, names, part, torch.ones(part.shape))
         for n in names: total[n] = total[n] + means[n].sum(0, keepdim=True)/len(rows)

@@ -70,7 +70,7 @@ def chain_oracle(
 def chains(
     length: int,  # symbols
     n: int,  # chains
-    seed: int = 0,
+    seed: int | list[int] = 0,
     beta: float = 1.,
 ) -> Tensor:
     "Binary chains, each with transition probabilities of its own from Beta(beta, beta): (n, length)."

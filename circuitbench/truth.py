@@ -162,8 +162,8 @@ def methods() -> dict[str, Method]:
         for frozen in (True, False):
             key = f'{name}, norms {"frozen" if frozen else "as they are"}'
             made[key] = partial(attribute, method=how, frozen=frozen, progress=False)
-    more = {'EAP-IG over activations': eap_ig_activations, 'GradDrop': grad_drop, 'ACDC at .01': acdc,
-            'learned masks': learned_masks, 'flow routes': flow_routes}
+    more: dict = {'EAP-IG over activations': eap_ig_activations, 'GradDrop': grad_drop, 'ACDC at .01': acdc,
+                  'learned masks': learned_masks, 'flow routes': flow_routes}
     return made | {k: partial(f, progress=False) for k, f in more.items()}
 
 # %% ../nbs/69_truth.ipynb #table

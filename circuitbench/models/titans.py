@@ -9,7 +9,7 @@ __all__ = ['ADAPTER', 'remember', 'TitansMixer', 'TitansMLP', 'TitansBlock', 'Ti
 # %% ../../nbs/27_titans.ipynb #ti-imports
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -304,7 +304,7 @@ def _open_attention(live, original: Callable) -> Callable:
 
 class _Pattern(NamedTuple):
     "A tap for attention weights of part of the rows, with columns of zeros for those that are not seen."
-    tap: object
+    tap: Any
     always: int
     left: int
     first: int
