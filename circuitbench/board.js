@@ -41,7 +41,7 @@ padding:.1rem .2rem;text-align:left;border-radius:4px;font-size:13px} .board .li
 .board .word{position:absolute;font-size:11px;line-height:1;color:var(--soft);white-space:pre;cursor:default} .board .word.slant{transform:rotate(55deg);transform-origin:0 0}
 .board.spread .node{text-overflow:ellipsis} .board.spread .node.pill{border-radius:8px}`
 
-const HTML = `<div class="ask"></div><details class="asked" hidden><summary></summary><div class="sc" tabindex="0" role="region" aria-label="Prompts"></div></details>
+const HTML = `<div class="ask"></div><details class="asked" hidden><summary></summary><div class="sc" tabindex="0" role="group" aria-label="Prompts"></div></details>
 <div class="top"><div class="size"><svg class="curve" role="img"></svg><input class="n" type="range" min="0" max="1000" step="1" aria-label="Edges kept, the largest first"></div>
 <div class="now"><div>largest <input class="count" type="number" min="1" aria-label="Edges kept"> <span class="all"></span></div><div class="kept"></div></div></div>
 <div class="bar"><input class="find" type="search" placeholder="Filter: 2.ssm, gate" aria-label="Filter by name; a comma means or">
@@ -50,7 +50,7 @@ const HTML = `<div class="ask"></div><details class="asked" hidden><summary></su
 <span class="group end"><button type="button" class="given" title="The edges that the circuit came with">As found</button><button type="button" data-save="svg">SVG</button><button type="button" data-save="png">PNG</button><button type="button" data-save="json">JSON</button></span></div>
 <div class="chips"></div><div class="stage"><div class="scene"><canvas class="edges"></canvas><canvas class="over"></canvas><canvas class="marks"></canvas>
 <div class="nodes" role="group"></div><div class="tip" hidden></div></div><aside class="side" aria-label="The chosen node" aria-live="polite"></aside></div>
-<div class="lg"></div><details class="rows"><summary>Strongest edges as a table</summary><div class="sc" tabindex="0" role="region" aria-label="Strongest edges"></div></details>`
+<div class="lg"></div><details class="rows"><summary>Strongest edges as a table</summary><div class="sc" tabindex="0" role="group" aria-label="Strongest edges"></div></details>`
 
 // -- reading -----------------------------------------------------------------------------
 async function read(bytes) {                                   // what is packed: words, and arrays with their shapes
@@ -521,7 +521,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     listed = key
     aside.classList.toggle('has', !!u)
     if (!u) { const best = placed.filter(v => column(v) && has[v.k] && !st.hidden.has(v.unit)).sort((a, b) => Math.abs(unitScore(b, which()[0])) - Math.abs(unitScore(a, which()[0]))).slice(0, 8), k = which()[0]
-      return aside.replaceChildren(make('h4', {style: 'margin-top:0'}, 'Strongest parts'), make('div', {className: 'list'}, ...best.map(v => make('button', {type: 'button', title: title(v), onclick: () => select(v)},
+      return aside.replaceChildren(make('h4', {style: 'margin-top:0', aria: {level: 3}}, 'Strongest parts'), make('div', {className: 'list'}, ...best.map(v => make('button', {type: 'button', title: title(v), onclick: () => select(v)},
         make('span', null, title(v)), bar(unitScore(v, k) / lay.topNode[k]), make('b', null, signed(unitScore(v, k)))))), make('p', {className: 'note'}, 'Choose a node to see its edges, to pin it or to hide it.')) }
     const part = (title, all) => { const some = all.filter(e => side[e]).sort((a, b) => strength(b) - strength(a)), rest = all.length - some.length
       return [make('h4', null, `${title}: ${some.length}` + (rest ? ` of ${all.length}` : '')), make('div', {className: 'list'}, ...some.slice(0, 12).map(e => rowOf(e, u))),

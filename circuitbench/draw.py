@@ -255,7 +255,7 @@ def table(
     head = ''.join(f'<th scope="col"{" class=n" * n}>{esc(c)}</th>' for c, n in zip(columns, right))
     body = ''.join(f'<tr>{"".join(map(tag, r))}</tr>' for r in rows[:limit])
     more = f'<span class="note">{len(rows) - limit:,} more rows</span>' if len(rows) > limit else ''
-    return wrap(f'<div class="sc" tabindex="0" role="region" aria-label="{esc(title or "Table")}"><table>'
+    return wrap(f'<div class="sc" tabindex="0" role="group" aria-label="{esc(title or "Table")}"><table>'
                 f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}', title)
 
 def details(rows, columns, cut=False) -> str:

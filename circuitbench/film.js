@@ -9,7 +9,7 @@ color:inherit;background:var(--back)} .film button{min-width:5.2em;cursor:pointe
 .film .now{flex:0 0 19em;font-weight:600;white-space:pre;overflow:hidden;text-overflow:ellipsis}
 .film .tk{max-height:7.8em;overflow-y:auto;padding:3px;position:relative}
 .film .tk span{cursor:pointer;background:var(--l);color:var(--li)}
-.film .panels{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;align-items:flex-start} .film h4{font:inherit;font-weight:600;
+.film .panels{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;align-items:flex-start} .film h3{font:inherit;font-weight:600;
 margin:.7rem 0 .3rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis} .film .panels .note{margin-top:.2rem}
 .film .panels .lg b{width:5em} .film canvas{display:block;max-width:100%} .film canvas[data-click]{cursor:pointer}
 .film output{min-height:1.5em;white-space:pre-wrap} .film .lg{margin:.3rem 0 0} 
@@ -21,13 +21,13 @@ const HTML = `<div class="bar"><button type="button"></button><input class="step
 <option value="1000">every frame</option></select></label><label>colours <select class="own"><option value="">one scale
 </option><option value="1">a scale for each head</option></select></label></div>
 <div class="tk" role="img"></div><div class="lg tokens"></div>
-<div class="panels"><div><h4 class="a"></h4><canvas class="grid" role="img" data-click></canvas></div>
-<div><h4 class="b"></h4><canvas class="one" role="img"></canvas><div class="note"></div><div class="lg of-states"></div></div>
-<div><h4 class="c"></h4><canvas class="wrote" role="img"></canvas><div class="note"></div><div class="lg of-writes"></div></div></div>
+<div class="panels"><div><h3 class="a"></h3><canvas class="grid" role="img" data-click></canvas></div>
+<div><h3 class="b"></h3><canvas class="one" role="img"></canvas><div class="note"></div><div class="lg of-states"></div></div>
+<div><h3 class="c"></h3><canvas class="wrote" role="img"></canvas><div class="note"></div><div class="lg of-writes"></div></div></div>
 <output class="cells"></output>
-<h4>What each head keeps, writes and would say</h4><div class="roll"><canvas class="rows" role="img" data-click></canvas></div><output class="said"></output>
-<details><summary>Values of this step as a table</summary><div class="sc" tabindex="0" role="region" aria-label="Every head"></div>
-</details><div class="patches"><h4 class="d"></h4><canvas class="map" role="img" data-click></canvas><div class="lg of-map"></div>
+<h3>What each head keeps, writes and would say</h3><div class="roll"><canvas class="rows" role="img" data-click></canvas></div><output class="said"></output>
+<details><summary>Values of this step as a table</summary><div class="sc" tabindex="0" role="group" aria-label="Every head"></div>
+</details><div class="patches"><h3 class="d"></h3><canvas class="map" role="img" data-click></canvas><div class="lg of-map"></div>
 <output class="patched"></output></div>`
 
 // -- reading -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ border-top:1px solid var(--line);padding:.45rem 0 .45rem .6rem;border-left:4px s
 .steer .how{display:flex;gap:.5rem;align-items:center} .steer .how>div{flex:1;min-width:5rem} .steer .how input[type=range]{display:block;width:100%;margin:0;accent-color:var(--c)}
 .steer .ends{display:flex;justify-content:space-between;font-size:11px;line-height:1.1;color:var(--soft)} .steer .how input[type=number]{width:5.2em} .steer .how label{white-space:nowrap} .steer .set select{max-width:13rem}
 .steer .set{display:flex;flex-wrap:wrap;gap:.3rem .6rem;align-items:center} .steer .said{grid-column:1/-1;font-size:12px;color:var(--soft);padding-left:1.4rem;overflow-wrap:anywhere}
-.steer h4{font:inherit;font-weight:600;margin:.2rem 0} .steer .strip{max-height:11em;overflow-y:auto;line-height:2.1;padding:3px}
+.steer h3{font:inherit;font-weight:600;margin:.2rem 0} .steer .strip{max-height:11em;overflow-y:auto;line-height:2.1;padding:3px}
 .steer .strip button{padding:0 .2em;margin:1px;border-radius:3px;border:1px solid var(--line);white-space:pre;line-height:1.5;font-size:14px;cursor:pointer}
 .steer .strip button:disabled{opacity:1;cursor:default} .steer .strip button[aria-pressed=true]{outline:2px solid var(--c);outline-offset:0;border-color:var(--c);font-weight:600}
 .steer .strip .later{margin-left:.6em;font-style:italic} .steer .strip i{display:inline-block;width:.5em;height:.5em;border-radius:50%;background:var(--c);margin-left:.15em;vertical-align:.45em}
@@ -30,8 +30,8 @@ border-top:1px solid var(--line);padding:.45rem 0 .45rem .6rem;border-left:4px s
 const HTML = `<div class="bar"><span class="model"></span><label>tokens to write <input class="new" type="number" min="1"></label>
 <button class="stop" type="button">Stop</button><span class="busy" role="status"></span><span class="still-note note end" hidden>Saved page: the controls stand still without a kernel.</span></div>
 <div class="er" role="alert" hidden></div><div class="rows"></div>
-<div class="bar"><h4>Prompt</h4><label class="for">tokens of <select class="which"></select></label><span class="note hint"></span></div><div class="strip" role="group" aria-label="Tokens of the prompt"></div>
-<div class="texts"><div><h4>Clean</h4><div class="tk clean" tabindex="0" role="region" aria-label="Clean text"></div></div><div><h4>Steered</h4><div class="tk steered" tabindex="0" role="region" aria-label="Steered text"></div></div></div>
+<div class="bar"><h3>Prompt</h3><label class="for">tokens of <select class="which"></select></label><span class="note hint"></span></div><div class="strip" role="group" aria-label="Tokens of the prompt"></div>
+<div class="texts"><div><h3>Clean</h3><div class="tk clean" tabindex="0" role="group" aria-label="Clean text"></div></div><div><h3>Steered</h3><div class="tk steered" tabindex="0" role="group" aria-label="Steered text"></div></div></div>
 <div class="numbers"></div><div class="legend"></div>
 <div class="tabs" role="tablist"><button type="button" role="tab" data-tab="dose">Dose-response</button><button type="button" role="tab" data-tab="persist">Persistence</button>
 <button type="button" role="tab" data-tab="code">Copy as code</button></div>
