@@ -29,12 +29,13 @@ _HOME = {
     "SiteError": "site", "Steered": "steer", "steer": "steer", "train_sae": "train"}
 
 
-def __getattr__(name: str) -> object:
-    "A public name, on its first use."
-    if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:                                    # to a type checker it would be every name
+    def __getattr__(name: str) -> object:
+        "A public name, on its first use."
+        if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]: return sorted({*globals(), *__all__})

@@ -90,20 +90,61 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert wheel.stat().st_size < 60e6
 
 
-@pytest.mark.slow
-def test_the_wheel_works_where_the_checkout_is_not(wheel, tmp_path):
-    venv, away = tmp_path/'venv', tmp_path/'elsewhere'
-    away.mkdir()
+@pytest.fixture(scope='module')
+def away(wheel, tmp_path_factory):
+    "A folder elsewhere, with the Python of a virtual environment in it where the wheel is installed."
+    where = tmp_path_factory.mktemp('elsewhere')
+    venv = where/'venv'
     subprocess.run([sys.executable, '-m', 'venv', venv], check=True)
-    home = venv/'bin/python'
-    site = Path(python("import sysconfig; print(sysconfig.get_path('purelib'), end='')", home))
+    site = Path(python("import sysconfig; print(sysconfig.get_path('purelib'), end='')", venv/'bin/python'))
     # what it depends on is taken from here: the .pth files there, of which one leads to the checkout, are not read
     (site/'dependencies.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}))
-    subprocess.run([home, '-m', 'pip', 'install', '--quiet', '--no-index', '--no-deps', wheel], check=True, capture_output=True)
+    subprocess.run([venv/'bin/python', '-m', 'pip', 'install', '--quiet', '--no-index', '--no-deps', wheel], check=True, capture_output=True)
+    return where
+
+
+@pytest.mark.slow
+def test_the_wheel_works_where_the_checkout_is_not(away):
+    venv = away/'venv'
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'HF_HUB_OFFLINE': '1'}
     says = python("from circuitbench import load_model; import circuitbench, sys\nmodel = load_model('tiny://mamba2')\n"
                   "print(circuitbench.__file__, *sys.path, sep='\\n')\nprint(model.generate('In the beginning God created the', 2).text[0])",
-                  home, cwd=away, env=env).splitlines()
+                  venv/'bin/python', cwd=away, env=env).splitlines()
     assert says[0].startswith(str(venv)) and str(ROOT) not in says[1:-1] and says[-1].strip()
     out = subprocess.run([venv/'bin/circuitbench', 'models'], cwd=away, env=env, capture_output=True, text=True)
     assert out.returncode == 0 and 'tiny://mamba2' in out.stdout and 'mock://rwkv7-tiny' in out.stdout, out.stderr
+
+
+USER = """
+from circuitbench import Circuit, Edit, HookedModel, SAE, Steered, extract_circuit, load_model, steer, train_sae
+from circuitbench.edit import zero
+
+model: HookedModel = load_model('tiny://mamba2')
+edit: Edit = zero('blocks.1.ssm.out')
+out, cache = model.run_with_cache('In the beginning', 'blocks.*.ssm.out', edit=edit)
+shape: tuple[int, ...] = tuple(cache['blocks.1.ssm.out'].shape) + tuple(out.logits.shape)
+sae: SAE = train_sae(model, layer=1, k=8, expansion=2, tokens=2_000)
+circuit: Circuit = extract_circuit(model, prompt='In the', target=' beginning')
+pushed: Steered = steer(model, prompt='In the', feature_id=4, strength=2.0, sae=sae, layer=1)
+print(model.generate('In the beginning', 4).text[0], circuit.top_layers(n=3), pushed.delta_norm, shape)
+"""
+WRONG = """
+from circuitbench import load_model, no_such_name   # attr-defined
+from circuitbench.edit import zero
+model: int = load_model('tiny://mamba2')            # assignment
+zero(3)                                             # arg-type
+zero('logits').no_such_method()                     # attr-defined
+"""
+
+
+@pytest.mark.slow
+def test_a_users_script_is_typed(away):
+    (away/'user.py').write_text(USER)
+    (away/'wrong.py').write_text(WRONG)
+    (away/'mypy.ini').write_text('[mypy]\nstrict = True\n[mypy-transformers.*,huggingface_hub.*]\nfollow_imports = skip\n')   # minutes of it
+    out = subprocess.run([sys.executable, '-m', 'mypy', '--python-executable', away/'venv/bin/python', 'user.py', 'wrong.py'],
+                         cwd=away, capture_output=True, text=True)
+    found = [line for line in out.stdout.splitlines() if ': error:' in line]
+    want = [(i, line.split('# ')[1]) for i, line in enumerate(WRONG.splitlines(), 1) if '# ' in line]
+    assert [(int(e.split(':')[1]), e.rsplit('[')[-1][:-1]) for e in found if e.startswith('wrong.py')] == want, out.stdout
+    assert len(found) == len(want), out.stdout + out.stderr
