@@ -1,7 +1,7 @@
 """Writes THIRD_PARTY.md: what a clean install brings, with licences, and where the shipped texts and weights are from.
 
     python .ci/third_party.py                    torch from the index of CPU builds
-    python .ci/third_party.py --torch DIR        torch from the wheels in DIR, as in .ci/matrix.py
+    python .ci/third_party.py --torch WHEEL      a torch for Python 3.11 that is at hand
 """
 import argparse
 import json
@@ -9,7 +9,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from matrix import ROOT, requirements, run, torch_options
+from matrix import ROOT, requirements, run
 
 # ruff: noqa: E501, rows of a table
 SHIPPED = """\
@@ -24,15 +24,14 @@ SHIPPED = """\
 """
 
 
-def licences(wheels: Path | None) -> list[dict]:
+def licences(torch: Path | None) -> list[dict]:
     "Name, version, licence and address of every package of a clean install, in alphabetical order."
     with tempfile.TemporaryDirectory(prefix='third-party-') as folder:
         box = Path(folder)
         home = box/'venv/bin/python'
         run('uv', 'venv', '--python', '3.11', box/'venv')
-        torch, options = torch_options(wheels, '3.11', box)
-        wanted = [r for r in requirements() if not (torch and r.startswith('torch>'))]
-        run('uv', 'pip', 'install', '--python', home, *torch, *wanted, *options)
+        options = [f'torch @ {torch.resolve().as_uri()}'] if torch else ['--torch-backend', 'cpu']
+        run('uv', 'pip', 'install', '--python', home, *requirements(), *options)
         said = run('uv', 'tool', 'run', '--quiet', 'pip-licenses', '--python', home, '--from', 'mixed', '--format', 'json',
                    '--with-urls')
     return sorted(json.loads(said), key=lambda p: p['Name'].lower())
