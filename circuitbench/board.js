@@ -489,7 +489,7 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
     const X = m => 8 + (w - 16) * log(m), Y = f => 8 + (h - 26) * (hi - f) / (hi - lo), parts = []
     for (const f of [0, 1]) parts.push(`<path d="M8 ${Y(f)}H${w - 8}" stroke="var(--line)"/><text x="${w - 8}" y="${Y(f) - 3}" text-anchor="end">${flat.length ? f : ''}</text>`)
     for (let m = 1; m <= all; m *= 10) parts.push(`<path d="M${X(m)} ${h - 16}v4" stroke="var(--soft)"/><text x="${X(m)}" y="${h - 2}" text-anchor="${m > 1 ? 'middle' : 'start'}">${num(m)}</text>`)
-    if (all > 30) parts.push(`<text x="${w - 8}" y="${h - 2}" text-anchor="end">${X(10 ** Math.floor(Math.log10(all))) > w - (T > 1 ? 150 : 90) ? '' : num(all) + ' ' + EDGES}</text>`)
+    if (all > 30) parts.push(`<text x="${w - 8}" y="${h - 2}" text-anchor="end">${X(10 ** Math.floor(Math.log10(all))) > w - (T > 1 ? 190 : 112) ? '' : num(all) + ' ' + EDGES}</text>`)
     for (const k of which()) { const v = curves[k], tint = `var(--s${two ? k : 0})`
       parts.push(`<path d="M${v.map(([m, f]) => `${X(m)} ${Y(f)}`).join('L')}" stroke="${tint}" stroke-width="2"/>`, ...v.map(([m, f]) => `<circle cx="${X(m)}" cy="${Y(f)}" r="3" fill="${tint}"><title>${m} edges: ${f.toFixed(3)}</title></circle>`))
       const m = present(k), [f] = carried(k, m)

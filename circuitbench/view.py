@@ -139,9 +139,15 @@ def _player(slider):
     for trait in ('value', 'min', 'max'): widgets.link((slider, trait), (play, trait))
     return play
 
-# Notebooks take keys from sliders unless what has the focus says that it wants them; plain widgets cannot say so.
-_KEYS = ("this.closest('.cbv-live')?.addEventListener('focusin',"
-         "e=>{e.target.dataset.lmSuppressShortcuts='true'})")
+# What plain widgets leave out: notebooks take keys from sliders unless what has the focus says that it wants them,
+# and the handles of sliders and the buttons of a player have no names.
+_NAMES = ("for(const h of b.querySelectorAll('.noUi-handle'))"
+          "h.ariaLabel=h.closest('.widget-slider')?.querySelector('label')?.textContent||'value';"
+          "for(const i of b.querySelectorAll('.widget-play i'))i.parentElement.ariaLabel="
+          "/stop|repeat/.exec(i.className)?.[0]||'play or pause'")
+_KEYS = ("const b=this.closest('.cbv-live');if(b){const n=()=>{NAMES};n();"
+         "new MutationObserver(n).observe(b,{childList:true,subtree:true});"
+         "b.addEventListener('focusin',e=>{e.target.dataset.lmSuppressShortcuts='true'})}").replace('NAMES', _NAMES)
 
 # Shows the view of the chosen value, and says that value.
 _SWITCH = ("const f=this.closest('.sw'),k=+this.value;"
@@ -236,8 +242,8 @@ class Inspector(Still, widgets.VBox):
         rows = [widgets.HBox([_player(w), w]) if k in play else w for k, w in self.controls.items()]
         head = [widgets.HTML(f'<strong>{esc(title)}</strong>')] if title else []
         bar = widgets.HBox(rows, layout=widgets.Layout(flex_flow='row wrap', grid_gap='4px 16px'))
-        keys = widgets.HTML(f'<style onload="{_KEYS}">.cbv-live{{}}</style>', layout=widgets.Layout(display='none'))
-        super().__init__([*head, bar, self._picture, keys])
+        more = f'<style onload="{esc(_KEYS)}">.cbv-live .widget-html-content{{min-width:0}}</style>'   # as wide as the page
+        super().__init__([*head, bar, self._picture, widgets.HTML(more, layout=widgets.Layout(display='none'))])
         self.add_class('cbv-live')
         self._draw()
         for w in self.controls.values(): w.observe(self._moved, 'value')

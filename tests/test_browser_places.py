@@ -48,8 +48,8 @@ LOOKS = {
     'HookInspector': Look('hook', _slider('block'), '.widget-html .cbv', '.sw input', 'ArrowLeft'),
     'SweepInspector': Look('sweep', _menu('value'), '.widget-html .cbv', '.sw select', 'change of the output'),
     'SAEInspector': Look('sae', _menu('show'), '.widget-html .cbv', '.sw select', 'neighbours'),
-    'StateInspector': Look('film', '.film .step', '.film .one', '.step', 'ArrowLeft'),
-    'CircuitInspector': Look('circuit', '.board .n', '.board .edges', '.n', 'ArrowLeft'),
+    'StateInspector': Look('film', '.film .step', '.film .one', 'input.step', 'ArrowLeft'),
+    'CircuitInspector': Look('circuit', '.board .n', '.board .edges', 'input.n', 'ArrowLeft'),
     'SteerInspector': Look('steer', '.steer .row [type=range]', '.steer .steered', '[data-tab=code]', 'End'),
     'Inspector': Look('own', _slider('head'), '.widget-html .cbv', '.sw input'),
 }
@@ -159,6 +159,43 @@ def test_arrow_keys_move_the_slider_and_not_the_notebook(place, name):
     assert not errors()
 
 
+def test_living_inspectors_can_be_used_by_all(place):
+    page, _ = place
+    faults = []
+    for look in LOOKS.values():
+        box, _ = output(page, look.cell)
+        wide = "e => [...e.querySelectorAll('.cbv-live, .cbv-live .cbv')].every(x => x.getBoundingClientRect().right <= e.getBoundingClientRect().right)"
+        assert box.evaluate(wide)
+        found = Axe().run(page, context={'include': [['.cbv-live']]}).response['violations']
+        faults += [(v['impact'], v['id'], x['html'][:160]) for v in found for x in v['nodes']]
+    assert not faults, '\n'.join(map(str, dict.fromkeys(faults)))
+
+
+# -- what other notebooks ask for --------------------------------------------------------
+@pytest.mark.parametrize('name', [k for k, v in LOOKS.items() if v.cell in ('film', 'circuit', 'steer')])
+def test_scripts_are_whole_and_ask_nothing_of_the_network(made, name):
+    esm, css = (getattr(made[LOOKS[name].cell], k) for k in ('_esm', '_css'))
+    assert 'export default' in esm and not re.search(r'^\s*import\b|\bimport\(|\brequire\(|\bdefine\(|\bfetch\(|XMLHttpRequest|WebSocket', esm, re.M)
+    assert not [u for u in re.findall(r'https?://[^\s\'"`)]+', esm + css) if u != 'http://www.w3.org/2000/svg']
+    rules = re.sub(r'@media[^{]*\{', '', re.sub(r'/\*.*?\*/', '', css))
+    assert rules.count('.cbv') > 20 and not [r for r in re.findall(r'([^{}]+)\{[^{}]*\}', rules) if '.cbv' not in r]      # nothing else is styled
+
+
+@pytest.mark.parametrize('name', LOOKS)
+def test_a_widget_comes_with_its_picture(made, name):
+    "A place without widgets shows the text/html beside them; one that runs no scripts, what stands in it as it is."
+    live, _ = made[LOOKS[name].cell]._repr_mimebundle_()
+    assert live['application/vnd.jupyter.widget-view+json']['version_major'] == 2 and len(live['text/html']) > 5000 and live['text/plain']
+    bare = re.sub(r'<script.*?</script>|<style.*?</style>', '', live['text/html'], flags=re.S)
+    assert re.search('<svg|<img|<table|class="tx"', bare)
+
+
+def test_the_gallery_says_where_each_is_tested(made):
+    text = ''.join(next(c for c in json.loads(GALLERY.read_text())['cells'] if c['id'] == 'places')['source'])
+    rows = [[x.strip() for x in line.strip('| ').split('|')] for line in text.splitlines() if line.startswith('| `')]
+    assert [r[0].strip('`') for r in rows] == list(LOOKS) and all(len(r) == 6 for r in rows)
+
+
 # -- without a kernel ------------------------------------------------------------------
 def closed(route, asked):
     "Answers what is asked of the network with nothing, and keeps the address."
@@ -225,7 +262,8 @@ def held(page, name):
 
 @pytest.mark.parametrize('name', LOOKS)
 def test_a_saved_page_can_be_used_and_read_by_all(browser, made, tmp_path, name):
-    path, look, faults = made[LOOKS[name].cell].to_html(tmp_path/'page.html'), LOOKS[name], []
+    look, faults, fewer = LOOKS[name], [], {'SAEInspector': dict(latents=3)}
+    path = made[look.cell].to_html(tmp_path/'page.html', **fewer.get(name, {}))
     for theme in ('light', 'dark'):
         with watched_page(browser, color_scheme=theme, viewport={'width': 1200, 'height': 900}, bypass_csp=True) as (page, seen):
             page.goto(path.as_uri())
