@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from configparser import ConfigParser
 from datetime import date
 from os import environ
@@ -42,7 +43,7 @@ def requirements() -> list[str]:
     return cfg['DEFAULT']['requirements'].split()
 
 
-def cell(python: str, end: str, wheel: Path, options: list[str]) -> list[str]:
+def cell(python: str, end: str, wheel: Path, options: list[str], tests: Iterable[str]) -> list[str]:
     "One row of the table."
     with tempfile.TemporaryDirectory(prefix='matrix-') as folder:
         box = Path(folder)
@@ -59,7 +60,7 @@ def cell(python: str, end: str, wheel: Path, options: list[str]) -> list[str]:
         row = run(home, '-c', ask, env=env).split()
         copytree(ROOT/'tests', box/'tests', ignore=ignore_patterns('__pycache__'))
         try:
-            tests = [f'tests/{t}' for t in TESTS]
+            tests = [f'tests/{t}' for t in tests]
             said = run(home, '-m', 'pytest', '-q', '-m', 'not slow', '-p', 'no:cacheprovider', *tests, cwd=box, env=env)
             run(venv/'bin/circuitbench', 'models', cwd=box, env=env)
             run(venv/'bin/circuitbench', 'quickstart', '--tokens', '4000', '--out', box/'page.html', cwd=box, env=env)
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument('--only', nargs=2, metavar=('PYTHON', 'END'), help='3.11 lowest, for example')
     parser.add_argument('--registry', action='store_true', help='torch from the registry, not the CPU index')
     parser.add_argument('--wheel', type=Path, help='circuitbench, already built')
+    parser.add_argument('--tests', nargs='+', default=TESTS, metavar='FILE', help='fewer or others, of tests/')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.wheel is None: run('uv', 'build', '--out-dir', folder, ROOT)        # by way of the sdist
@@ -85,7 +87,7 @@ def main() -> None:
         cells = [tuple(args.only)] if args.only else [(p, e) for p in PYTHONS for e in ENDS]
         rows, options = [], [] if args.registry else ['--torch-backend', 'cpu']
         for python, end in cells:
-            rows.append(cell(python, end, wheel, options))
+            rows.append(cell(python, end, wheel, options, args.tests))
             print(f"| {' | '.join(rows[-1])} |", flush=True)
     sys.exit(any('failed' in r for r in rows))
 

@@ -40,7 +40,7 @@ def licences(torch: Path | None) -> list[dict]:
 def main() -> None:
     "Writes the file."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--torch', type=Path, metavar='DIR')
+    parser.add_argument('--torch', type=Path, metavar='WHEEL')
     found = licences(parser.parse_args().torch)
     short = lambda text: next(iter(text.strip().splitlines()), '').replace('|', '/')[:80]
     rows = [f"| [{p['Name']}]({p['URL']}) | {p['Version']} | {short(p['License'])} |" if p['URL'].startswith('http') else
