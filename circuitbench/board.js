@@ -25,7 +25,7 @@ overflow:hidden;white-space:pre;text-align:center;box-sizing:border-box} .board 
 width:6px;height:6px;border-radius:3px;background:currentColor}
 .board .tip{position:absolute;z-index:2;pointer-events:none;font-size:12px;padding:.15rem .5rem;border:1px solid var(--soft);border-radius:6px;
 background:var(--back);color:var(--ink);white-space:pre;max-width:100%;overflow:hidden;text-overflow:ellipsis;box-sizing:border-box}
-.board h4{font:inherit;font-weight:600;margin:.8rem 0 .2rem} .board .side h3{font-size:1.1rem;margin:0;overflow-wrap:anywhere}
+.board h4{font:inherit;font-weight:600;margin:.8rem 0 .2rem;padding:0} .board .side h3{font-size:1.1rem;margin:0;padding:0;overflow-wrap:anywhere}
 .board .list{display:grid;gap:1px;max-width:34rem} .board .list button{display:grid;grid-template-columns:minmax(0,1fr) 3.2rem 4em;gap:.5em;align-items:center;border:0;
 padding:.1rem .2rem;text-align:left;border-radius:4px;font-size:13px} .board .list button:hover{background:color-mix(in srgb,var(--line) 45%,var(--back))}
 .board .list span{white-space:pre;overflow:hidden;text-overflow:ellipsis} .board .list b{font-weight:400;text-align:right}

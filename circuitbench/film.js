@@ -10,7 +10,7 @@ color:inherit;background:var(--back)} .film button{min-width:5.2em;cursor:pointe
 .film .tk{max-height:7.8em;overflow-y:auto;padding:3px;position:relative}
 .film .tk span{cursor:pointer;background:var(--l);color:var(--li)}
 .film .panels{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem;align-items:flex-start} .film h3{font:inherit;font-weight:600;
-margin:.7rem 0 .3rem;white-space:nowrap;overflow:hidden;text-overflow:ellipsis} .film .panels .note{margin-top:.2rem}
+margin:.7rem 0 .3rem;padding:0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis} .film .panels .note{margin-top:.2rem}
 .film .panels .lg b{width:5em} .film canvas{display:block;max-width:100%} .film canvas[data-click]{cursor:pointer}
 .film output{min-height:1.5em;white-space:pre-wrap} .film .lg{margin:.3rem 0 0} 
 .film .roll{max-height:27rem;overflow-y:auto}`
@@ -132,6 +132,7 @@ data-lm-suppress-shortcuts="true">${HTML}<i style="display:none;color:light-dark
     const zoom = Math.max(1, Math.min(96 / Math.max(R, C), 10, (wide / across - 8) / C))
     const grow = zoom >= 2 ? Math.floor(zoom) : zoom
     const pitch = C * grow + 8, left = W > 760 ? (W - (H > 1) * (across * pitch + 28) - 28) / 2 : (W - 24) / 2
+    $('.grid').parentElement.style.flex = W > 760 ? '' : '1 0 100%'       // the two large pictures stay side by side
     tiles = {across, w: C * grow, h: R * grow, one: Math.max(1, Math.floor(Math.min(left, 260) / Math.max(R, C))), W, pitch, tall: R * grow + 22}
   }
   function drawGrid() {

@@ -14,7 +14,7 @@ border-top:1px solid var(--line);padding:.45rem 0 .45rem .6rem;border-left:4px s
 .steer .how{display:flex;gap:.5rem;align-items:center} .steer .how>div{flex:1;min-width:5rem} .steer .how input[type=range]{display:block;width:100%;margin:0;accent-color:var(--c)}
 .steer .ends{display:flex;justify-content:space-between;font-size:11px;line-height:1.1;color:var(--soft)} .steer .how input[type=number]{width:5.2em} .steer .how label{white-space:nowrap} .steer .set select{max-width:13rem}
 .steer .set{display:flex;flex-wrap:wrap;gap:.3rem .6rem;align-items:center} .steer .said{grid-column:1/-1;font-size:12px;color:var(--soft);padding-left:1.4rem;overflow-wrap:anywhere}
-.steer h3{font:inherit;font-weight:600;margin:.2rem 0} .steer .strip{max-height:11em;overflow-y:auto;line-height:2.1;padding:3px}
+.steer h3{font:inherit;font-weight:600;margin:.2rem 0;padding:0} .steer .strip{max-height:11em;overflow-y:auto;line-height:2.1;padding:3px}
 .steer .strip button{padding:0 .2em;margin:1px;border-radius:3px;border:1px solid var(--line);white-space:pre;line-height:1.5;font-size:14px;cursor:pointer}
 .steer .strip button:disabled{opacity:1;cursor:default} .steer .strip button[aria-pressed=true]{outline:2px solid var(--c);outline-offset:0;border-color:var(--c);font-weight:600}
 .steer .strip .later{margin-left:.6em;font-style:italic} .steer .strip i{display:inline-block;width:.5em;height:.5em;border-radius:50%;background:var(--c);margin-left:.15em;vertical-align:.45em}

@@ -140,7 +140,7 @@ def _player(slider):
     return play
 
 # What plain widgets leave out: notebooks take keys from sliders unless what has the focus says that it wants them,
-# and the handles of sliders and the buttons of a player have no names.
+# and the handles of sliders and the buttons of a player have no names. The style keeps a picture as wide as the page.
 _NAMES = ("for(const h of b.querySelectorAll('.noUi-handle'))"
           "h.ariaLabel=h.closest('.widget-slider')?.querySelector('label')?.textContent||'value';"
           "for(const i of b.querySelectorAll('.widget-play i'))i.parentElement.ariaLabel="
@@ -242,7 +242,7 @@ class Inspector(Still, widgets.VBox):
         rows = [widgets.HBox([_player(w), w]) if k in play else w for k, w in self.controls.items()]
         head = [widgets.HTML(f'<strong>{esc(title)}</strong>')] if title else []
         bar = widgets.HBox(rows, layout=widgets.Layout(flex_flow='row wrap', grid_gap='4px 16px'))
-        more = f'<style onload="{esc(_KEYS)}">.cbv-live .widget-html-content{{min-width:0}}</style>'   # as wide as the page
+        more = f'<style onload="{esc(_KEYS)}">.cbv-live .widget-html-content{{min-width:0}}</style>'
         super().__init__([*head, bar, self._picture, widgets.HTML(more, layout=widgets.Layout(display='none'))])
         self.add_class('cbv-live')
         self._draw()
