@@ -291,13 +291,21 @@ def backup(
     return 'B and C serve both heads, and nothing stands in for them; without x or the head itself the model goes on.'
 
 @cache
-def _tiny() -> tuple[HookedModel, Graph, Pairs]:
+def _tiny() -> tuple[HookedModel, Graph, Pairs, Pairs]:
+    "With twelve prompts about capitals, and the last eight of them."
     model = load_model('tiny://mamba2')
-    return model, model_graph(model), as_pairs(model, facts(n=12, seed=3))
+    twelve = as_pairs(model, facts(n=12, seed=3))
+    return model, model_graph(model), twelve, twelve[4:]
 
 def _carried(keep: Tensor, pairs: Pairs) -> float:
     "Faithfulness in tiny://mamba2."
-    model, graph, _ = _tiny()
+    return _once(tuple(keep.nonzero()[:, 0].tolist()), pairs)
+
+@cache
+def _once(edges: tuple[int, ...], pairs: Pairs) -> float:
+    model, graph, *_ = _tiny()
+    keep = torch.zeros(len(graph), dtype=torch.bool)
+    keep[list(edges)] = True
     with torch.no_grad(): some = logit_diff(run_edges(model, pairs, graph, keep), pairs).mean()
     whole, empty = (v.mean() for v in ends(model, pairs, logit_diff))
     return float((some - empty)/(whole - empty))
@@ -314,7 +322,7 @@ def elsewhere(
     if found := [k for k in want if hasattr(answer[k], 'value')]:
         raise Wrong(f'The entry {found[0]!r} is an interval: take its `.value`.')
     got = np.array([float(values(answer[k], (), f'The entry {k!r}')) for k in want])
-    held = _tiny()[2][4:]
+    twelve, held = _tiny()[2:]
     true = np.array([_carried(c.keep, held) for c in circuits.values()])
     if not same(got[:-1], true, 5e-3):
         judge(got[:-1], true, {
@@ -323,7 +331,7 @@ def elsewhere(
             'That is what is gone without the circuit (completeness), not what it carries.':
                 [1 - _carried(~c.keep, held) for c in circuits.values()],
             'These are of all twelve prompts; four of them a circuit was found on.':
-                [_carried(c.keep, _tiny()[2]) for c in circuits.values()]}, 5e-3, f'The faithfulness of {[*circuits]}')
+                [_carried(c.keep, twelve) for c in circuits.values()]}, 5e-3, f'The faithfulness of {[*circuits]}')
     if abs(got[-1] - 1) < .05: raise Wrong("Random circuits that carry everything: is `keep` theirs, as bools?")
     if abs(got[-1]) > .05:
         raise Wrong(f'Random circuits that carry {got[-1]:.2f}: draw as many edges as that of four has, from all.')

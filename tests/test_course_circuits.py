@@ -111,14 +111,13 @@ def rankings():
 
 
 @cache
-def table(measure=auroc, sign=False):
-    out = {}
-    for name in checks.CASES:
-        c = truth(name, n=16, seed=1)
-        for way in checks.WAYS:
-            e = methods()[way](c.model, c.pairs, c.graph).edges
-            out[name, way] = measure(e if sign else e.abs(), c.edges)
-    return out
+def scored():
+    "Scores and labels by case and way."
+    known = {name: truth(name, n=16, seed=1) for name in checks.CASES}
+    return {(name, way): (methods()[way](c.model, c.pairs, c.graph).edges, c.edges) for name, c in known.items() for way in checks.WAYS}
+
+
+def table(measure=auroc, sign=False): return {k: measure(e if sign else e.abs(), labels) for k, (e, labels) in scored().items()}
 
 
 def tables():
