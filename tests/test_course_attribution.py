@@ -5,14 +5,13 @@ import numpy as np
 import torch
 
 from circuitbench import checks_attribution as checks
-from circuitbench.checks_hooks import others
 from circuitbench.edit import patch, zero
 from circuitbench.frozen import frozen_norms
 from circuitbench.load import load_model
 from circuitbench.pairs import logit_diff
 
 CUBA = 'If a man would see Cuba, let him first see the house of the king, which standeth in'
-AUSTRIA, FINLAND = CUBA.replace('Cuba', 'Austria'), CUBA.replace('Cuba', 'Finland')
+AUSTRIA, NIGERIA = CUBA.replace('Cuba', 'Austria'), CUBA.replace('Cuba', 'Nigeria')
 STATES = [f'blocks.{i}.ssm.state' for i in range(6)]
 
 
@@ -20,22 +19,20 @@ STATES = [f'blocks.{i}.ssm.state' for i in range(6)]
 def estimates():
     def with_slip(slip):
         def estimate(model, clean, corrupt, site, metric):
-            if slip in ('other way', 'clean gradient'): clean, corrupt = corrupt, clean
+            if slip == 'other way': clean, corrupt = corrupt, clean
             with torch.no_grad(): best, source = model.run_with_cache(clean, site)
             out, cache_ = model.run_with_cache(corrupt, site, grad=True)
             [g] = torch.autograd.grad(metric(out), [cache_[site]])
             b, a = source[site], cache_[site].detach()
-            change = {'source': b, 'turned': a - b, 'base': a, 'clean gradient': a - b}.get(slip, b - a)*g
+            change = {'source': b, 'turned': a - b, 'base': a}.get(slip, b - a)*g
             span = {'raw': 1., 'share': metric(best)}.get(slip, metric(best) - metric(out))
-            if slip == 'clean gradient': span = metric(out) - metric(best)
-            if slip == 'other way': span = metric(best) - metric(out)
             if slip == 'all': return change.sum()/span
             if slip == 'batch': return change.sum(-1)/span
             if slip == 'channels': return change[0]/span
             if slip == 'nothing': return None
             return (change.sum(-1)[0].abs() if slip == 'size' else change.sum(-1)[0])/span
         return estimate
-    said = {'raw': 'Not divided', 'turned': 'sign is turned', 'clean gradient': 'gradient is that of the clean run', 'other way': 'goes from clean to corrupt', 'source': 'subtract the corrupt one',
+    said = {'raw': 'Not divided', 'turned': 'sign is turned', 'other way': 'gradient is that of the clean run', 'source': 'subtract the corrupt one',
             'base': 'difference to the clean one is missing', 'size': 'keep the sign', 'share': 'clean run alone', 'all': 'One number for all steps', 'batch': 'row 0', 'channels': 'each channel', 'nothing': 'is None'}
     return [((with_slip(slip),), phrase) for slip, phrase in said.items()]
 
@@ -127,7 +124,7 @@ def losses(text, answer, edits):
 
 @cache
 def forgetting(what='typical', at=9):
-    with torch.no_grad(): kept = model().run_with_cache({'corrupt': AUSTRIA}.get(what, list(others())), STATES, at=at)[1]
+    with torch.no_grad(): kept = model().run_with_cache({'corrupt': AUSTRIA}.get(what, list(checks.twenty())), STATES, at=at)[1]
     if what == 'zero': return [zero(n, at=at) for n in STATES]
     return [patch(n, {'typical': v.mean(0, keepdim=True), 'one': v[:1], 'corrupt': v}[what], at=at) for n, v in kept.items()]
 
@@ -135,7 +132,7 @@ def forgetting(what='typical', at=9):
 @cache
 def table(what='typical', at=9):
     e = forgetting(what, at)
-    return np.array([[losses(FINLAND, ' Helsinki', [e[j] for j in {i, k}]) for k in range(6)] for i in range(6)])
+    return np.array([[losses(NIGERIA, ' Abuja', [e[j] for j in {i, k}]) for k in range(6)] for i in range(6)])
 
 
 def pair_tables():
@@ -152,7 +149,7 @@ def by_baseline():
         return np.array([[losses(text, answer, e) for e in forgetting(w, at)] for w in kinds])
     r = rows()
     return [((r[[1, 0, 2]],), 'zero and typical'), ((r[[2, 1, 0]],), 'zero and corrupt'), ((r[[0, 2, 1]],), 'typical and corrupt'), ((r[[2, 0, 1]],), 'all three'), ((np.repeat(r[1:2], 3, 0),), 'All rows are those of typical'),
-            ((rows(FINLAND, ' Helsinki'),), 'That is Finland'), ((-r,), 'sign is turned'), ((rows(at=8),), 'too early'), ((rows(at=10),), 'too late'), ((rows(kinds=('zero', 'one', 'corrupt')),), 'that of one prompt'),
+            ((rows(NIGERIA, ' Abuja'),), 'That is Nigeria'), ((-r,), 'sign is turned'), ((rows(at=8),), 'too early'), ((rows(at=10),), 'too late'), ((rows(kinds=('zero', 'one', 'corrupt')),), 'that of one prompt'),
             ((r/r.sum(1, keepdims=True),), 'shares of each row'), ((r.T,), 'wrong order'), ((r[:2],), 'has shape (2, 6)')]
 
 
