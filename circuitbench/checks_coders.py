@@ -296,9 +296,12 @@ def description(
         'These are numbers of tokens, not shares.': [(says & fires).sum()]*2,
         'The second is the share of all tokens that are named.': [true[0], says.mean()],
         'These are the shares that are wrong or missed.': [1 - v for v in true]}, 1e-6, 'Your (precision, recall)')
-    try: none = f([' a', ' b'], torch.tensor([True, False]), {'c'})
-    except ZeroDivisionError: raise Wrong('Where the words name no token your function divides by 0: say 0.') from None
-    if np.isnan([float(v) for v in none]).any(): raise Wrong('Where the words name no token you get NaN: say 0.')
+    for where, fires, words in (('the words name no token', [True, False], {'c'}), ('it never fires', [False]*2, {'a'})):
+        try: none = [float(v) for v in asked(f, [' a', ' b'], torch.tensor(fires), words)]
+        except Wrong as e:
+            if 'ZeroDivisionError' not in str(e): raise
+            raise Wrong(f'Where {where} your function divides by 0: say 0.') from None
+        if np.isnan(none).any(): raise Wrong(f'Where {where} you get NaN: say 0.')
     return 'Two numbers for one sentence: how often it is right, and how much it leaves out.'
 
 # %% ../nbs/83_checks_coders.ipynb #recovered

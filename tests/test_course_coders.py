@@ -132,6 +132,7 @@ def claimed(slip=''):
         says = torch.tensor([form(s) in words for s in strings])
         n, named, fired, hit = len(says), int(says.sum()), int(fires.sum()), int((says & fires).sum())
         if slip == 'zero': return hit/named, hit/fired
+        if slip == 'silent': return hit/max(1, named), hit/fired
         if slip == 'nan': return np.float64(hit)/named if named else np.nan, hit/fired
         p, r = hit/max(1, named), hit/max(1, fired)
         return {'exchanged': (r, p), 'accuracy': (float((says == fires).double().mean()), r), 'of all': (hit/n, hit/n), 'counts': (hit, hit), 'named': (p, named/n), 'missed': (1 - p, 1 - r), 'none': None,
@@ -140,7 +141,7 @@ def claimed(slip=''):
 
 
 def claims():
-    said = {'blank': 'begin with their blank', 'case': 'Upper and lower', 'zero': 'divides by 0', 'nan': 'NaN', 'exchanged': 'are exchanged', 'accuracy': 'share of all tokens that is right', 'of all': 'shares of all tokens',
+    said = {'blank': 'begin with their blank', 'case': 'Upper and lower', 'zero': 'name no token your function divides by 0', 'silent': 'never fires your function divides by 0', 'nan': 'NaN', 'exchanged': 'are exchanged', 'accuracy': 'share of all tokens that is right', 'of all': 'shares of all tokens',
             'counts': 'numbers of tokens', 'named': 'second is the share', 'missed': 'wrong or missed', 'none': 'returns nothing', 'one': 'has shape ()'}
     return [((claimed(slip),), phrase) for slip, phrase in said.items()]
 
