@@ -225,14 +225,14 @@ def head_scores(
     true = np.stack([plain, _held()])
     judge(got, true/span, {
         'The norms are never held: is `frozen_norms(held)` on while the corrupt run is made?': np.stack([plain]*2)/span,
-        'The norms are always held: hand `held` to `frozen_norms`.': np.stack([_held()]*2)/span,
+        'The plain scores are missing: are the norms always held, or are these exact patches?':
+            np.stack([_held()]*2)/span,
         'Plain and held are exchanged.': true[::-1]/span,
         'Not divided: a share of clean minus corrupt is asked.': true,
         'A sum over the pairs, where the mean is the metric.': true*len(case.pairs)/span,
         'The sign is turned: the difference is clean minus corrupt.': -true/span,
         'The gradient is that of the clean run; take that of the corrupt run.': -np.stack([
             _heads('back'), _heads('back')])/span,
-        'That is exact patching; here the estimate is asked.': np.stack([_heads('exact')]*2)/span,
         'These are magnitudes; keep the sign.': np.abs(true)/span}, 2e-3, 'The scores (plain, held; heads)')
     return (f'Held, as the linear map in float64: head 0 {got[1, 0]:.2f}, the others 0.00. Plain, head 3 has '
             f'{got[0, 3]:.2f}.')
@@ -288,6 +288,8 @@ def pairs_lost(
     "What is lost if two blocks forget."
     got, true = values(answer, (6, 6)), _table()
     alone = np.diag(true)
+    for what, said in (('zero', 'States are set to zero'), ('corrupt', 'These are the states of the corrupt prompt')):
+        if same(got, _table(what=what), .05): raise Wrong(f'{said}; asked are the typical ones.')
     judge(got, true, {
         'That is the sum of what each loses alone: run both edits at once.':
             alone[:, None] + alone - np.diag(alone),
@@ -297,8 +299,6 @@ def pairs_lost(
         'Every entry is that of one block alone: the edit of block i is not used.': np.repeat(alone[None], 6, 0),
         'Nothing but the diagonal: fill in the pairs.': np.diag(alone),
         'The sign is turned: a loss is above 0.': -true,
-        'States are set to zero; asked are the typical ones.': _table(what='zero'),
-        'These are the states of the corrupt prompt; asked are the typical ones.': _table(what='corrupt'),
         'After step 8: one step too early.': _table(cut=9), 'After step 10: one step too late.': _table(cut=11),
         'That is what the pair loses beyond the two alone; asked is all that it loses.':
             true - alone[:, None] - alone + np.diag(2*alone)}, 3e-3)

@@ -106,7 +106,7 @@ def heads():
             axes = {'steps': (0, 3), 'one': (0, 1, 2, 3)}.get(slip, (0, 1, 3))
             return (change.sum(axes).abs() if slip == 'size' else change.sum(axes))/span
         return head_scores
-    said = {'never': 'never held', 'always': 'always held', 'exchanged': 'exchanged', 'raw': 'Not divided', 'turned': 'sign is turned', 'exact': 'exact patching', 'size': 'magnitudes', 'sum': 'sum over the pairs',
+    said = {'never': 'never held', 'always': 'always held', 'exchanged': 'exchanged', 'raw': 'Not divided', 'turned': 'sign is turned', 'exact': 'exact patches', 'size': 'magnitudes', 'sum': 'sum over the pairs',
             'steps': 'sum over batch, pos and d_head', 'one': 'leave their axis', 'clean gradient': 'that of the clean run'}
     return [((with_slip(slip),), phrase) for slip, phrase in said.items()]
 
