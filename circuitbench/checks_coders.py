@@ -186,7 +186,7 @@ def coder_metrics(
     m, x = _measured(), _held()[1]
     got = [float(v) for v in asked(f, x.double(), coder()(x).double(), coder().encode(x).double())]
     judge(np.array(got), np.array([m.fvu, m.l0, m.dead]), {}, 1e-3, 'On the coder that ships, (FVU, L0, dead)')
-    return f'As the library has it for the shipped coder on 512 tokens: FVU {m.fvu:.3f}, L0 {m.l0:.1f}, dead {m.dead:.1%}.'
+    return f'As the library has the shipped coder on 512 tokens: FVU {m.fvu:.3f}, L0 {m.l0:.1f}, dead {m.dead:.1%}.'
 
 # %% ../nbs/83_checks_coders.ipynb #gradients
 def _loss(x: Tensor, W_enc: Tensor, W_dec: Tensor, k: int) -> Tensor:
@@ -296,7 +296,7 @@ def description(
         'These are numbers of tokens, not shares.': [(says & fires).sum()]*2,
         'The second is the share of all tokens that are named.': [true[0], says.mean()],
         'These are the shares that are wrong or missed.': [1 - v for v in true]}, 1e-6, 'Your (precision, recall)')
-    for where, fires, words in (('the words name no token', [True, False], {'c'}), ('it never fires', [False]*2, {'a'})):
+    for where, fires, words in (('the words name no token', [True]*2, {'c'}), ('it never fires', [False]*2, {'a'})):
         try: none = [float(v) for v in asked(f, [' a', ' b'], torch.tensor(fires), words)]
         except Wrong as e:
             if 'ZeroDivisionError' not in str(e): raise
