@@ -196,19 +196,18 @@ def _held() -> np.ndarray:
 
 @cache
 def _heads(what: str) -> np.ndarray:
-    "What a patch of each head gains: 'plain' or 'held' (first order), 'back' (in the clean run), 'exact'; or 'span'."
+    "What a patch of each head gains: 'plain' or 'held' (first order), 'exact'; or 'span'."
     case = truth('mqar-compiled')
     m, p, y = case.model, case.pairs, 'blocks.0.ssm.y'
     measure = lambda e=(), ids=p.corrupt: logit_diff(p.last(m.run(ids, e).logits), p).mean()
-    here, there = (p.clean, p.corrupt) if what == 'back' else (p.corrupt, p.clean)
     with torch.no_grad():
-        source = m.run_with_cache(there, y)[1][y]
+        source = m.run_with_cache(p.clean, y)[1][y]
         if what == 'exact':
             return np.array([float(measure(patch(y, source, heads=[h])) - measure()) for h in range(4)])
         if what == 'span': return np.array(float(measure((), p.clean) - measure()))
     s = torch.zeros(4, requires_grad=True)
     with frozen_norms(what == 'held'):
-        v = measure([s[h]*patch(y, source, heads=[h]) for h in range(4)], here)
+        v = measure([s[h]*patch(y, source, heads=[h]) for h in range(4)])
     return torch.autograd.grad(v, s)[0].double().numpy()
 
 @check('Hint 5')
@@ -231,8 +230,6 @@ def head_scores(
         'Not divided: a share of clean minus corrupt is asked.': true,
         'A sum over the pairs, where the mean is the metric.': true*len(case.pairs)/span,
         'The sign is turned: the difference is clean minus corrupt.': -true/span,
-        'The gradient is that of the clean run; take that of the corrupt run.': -np.stack([
-            _heads('back'), _heads('back')])/span,
         'These are magnitudes; keep the sign.': np.abs(true)/span}, 2e-3, 'The scores (plain, held; heads)')
     return (f'Held, as the linear map in float64: head 0 {got[1, 0]:.2f}, the others 0.00. Plain, head 3 has '
             f'{got[0, 3]:.2f}.')

@@ -93,21 +93,20 @@ def heads():
     def with_slip(slip):
         def head_scores(model, pairs, held):
             site, m = 'blocks.0.ssm.y', lambda o: getattr(logit_diff(pairs.last(o.logits), pairs), 'sum' if slip == 'sum' else 'mean')()
-            here, there = (pairs.clean, pairs.corrupt) if slip == 'clean gradient' else (pairs.corrupt, pairs.clean)
+            here, there = pairs.corrupt, pairs.clean
             with torch.no_grad(): best, source = model.run_with_cache(there, site)
             with frozen_norms({'never': False, 'always': True, 'exchanged': not held}.get(slip, held)): out, c = model.run_with_cache(here, site, grad=True)
             [g] = torch.autograd.grad(m(out), [c[site]])
             change = (source[site] - c[site].detach())*g
-            if slip in ('turned', 'clean gradient'): change = -change
+            if slip == 'turned': change = -change
             if slip == 'exact':
                 with torch.no_grad(): return torch.stack([m(model.run(here, patch(site, source[site], heads=[h]))) - m(out) for h in range(4)])/(m(best) - m(out))
             span = 1. if slip == 'raw' else (m(best) - m(out)).detach()/(len(pairs) if slip == 'sum' else 1)
-            if slip == 'clean gradient': span = -span
             axes = {'steps': (0, 3), 'one': (0, 1, 2, 3)}.get(slip, (0, 1, 3))
             return (change.sum(axes).abs() if slip == 'size' else change.sum(axes))/span
         return head_scores
     said = {'never': 'never held', 'always': 'always held', 'exchanged': 'exchanged', 'raw': 'Not divided', 'turned': 'sign is turned', 'exact': 'exact patches', 'size': 'magnitudes', 'sum': 'sum over the pairs',
-            'steps': 'sum over batch, pos and d_head', 'one': 'leave their axis', 'clean gradient': 'that of the clean run'}
+            'steps': 'sum over batch, pos and d_head', 'one': 'leave their axis'}
     return [((with_slip(slip),), phrase) for slip, phrase in said.items()]
 
 
