@@ -60,6 +60,11 @@ def _read(group: str) -> np.ndarray:
         out.append(np.stack([h.mean(1), h[:, -1], h.sum(1)], 1))
     return np.stack(out)
 
+@cache
+def _unit() -> np.ndarray:
+    v = _read('with')[:, LAYER, 0].mean(0) - _read('without')[:, LAYER, 0].mean(0)
+    return v/np.linalg.norm(v)
+
 @contextmanager
 def _pushed(
     vector: np.ndarray,  # (d_model,), added behind the block at every token
@@ -71,27 +76,25 @@ def _pushed(
     try: yield
     finally: handle.remove()
 
+@cache
 @torch.no_grad()
-def _written(group: str, vector: np.ndarray) -> np.ndarray:
+def _written(group: str, length: float) -> np.ndarray:
     "Which of the texts that transformers' model writes greedily under a push hold one of the words."
     ids, model = rows()[group], shipped()
-    with _pushed(vector):
+    with _pushed(length*_unit()):
         out = model.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
     return speaks([model.tokenizer.decode(r, skip_special_tokens=True) for r in out[:, READ:]])
 
+@cache
 @torch.no_grad()
-def _price(vector: np.ndarray) -> tuple[float, float]:
+def _price(length: float) -> tuple[float, float]:
     "KL and perplexity ratio of the neutral verses under a push, at the places where texts are written."
     ids, model = rows()['neutral'], shipped()
     clean = model.hf(ids).logits
-    with _pushed(vector): after = model.hf(ids).logits
+    with _pushed(length*_unit()): after = model.hf(ids).logits
     p, q = (log_softmax(x[:, READ - 1:].double().numpy(), -1) for x in (clean, after))
     lost = np.take_along_axis((p - q)[:, :-1], ids.numpy()[:, READ:, None], 2)
     return float((np.exp(p)*(p - q)).sum(-1).mean()), float(np.exp(lost.mean()))
-
-@cache
-def _direction() -> np.ndarray:
-    return _read('with')[:, LAYER, 0].mean(0) - _read('without')[:, LAYER, 0].mean(0)
 
 # %% ../nbs/83_checks_steering.ipynb #direction-check
 @check('Hint 1')
@@ -112,8 +115,7 @@ def difference(
         'That is behind block 3: `resid_post` of block 4 is asked.': mean(LAYER - 1),
         'That is the mean with the words alone; the mean without them is missing.': a[:, LAYER, 0].mean(0),
         'That is the sum over the verses, not the mean.': true*len(a),
-        'That has length 1: the length of the difference says how far the two groups are apart, keep it.':
-            true/np.linalg.norm(true)}, 1e-3)
+        'That has length 1: keep the length, it says how far apart the two groups are.': _unit()}, 1e-3)
     return f'It is {np.linalg.norm(true):.1f} long; one verse with the words and one without are {apart:.0f} apart.'
 
 # %% ../nbs/83_checks_steering.ipynb #cost-check
@@ -231,8 +233,7 @@ def strength_at(
             raise Wrong(f'{said}: your search does not go that far. Double the upper end until it costs too much.')
         if there > want and got >= max(calls, default=0)*.999:
             raise Wrong(f'{said}: that is the first strength that costs too much; halve what lies between.')
-        little = 'little' if there < want else 'much'
-        raise Wrong(f'{said}. Which half do you keep where the middle costs too {little}?')
+        raise Wrong(f'{said}. Which half do you keep where the middle costs too {"little" if there < want else "much"}?')
     return 'Three curves, three strengths within a hundredth of the cost that was wanted.'
 
 # %% ../nbs/83_checks_steering.ipynb #fades-check
@@ -314,15 +315,14 @@ def report(
         raise Wrong(f'`{lost[0]}` is missing ({ASKS[lost[0]]})' + f', and {len(lost) - 1} more'*(len(lost) > 1) + '.')
     shares = 'success', 'clean', 'random', 'prompted'
     r = {k: float(values(answer[k], (), f'`{k}`')) for k in (*shares, 'n', 'strength', 'kl', 'ratio')}
-    if bad := [k for k in shares if not 0 <= r[k] <= 1]:
-        raise Wrong(f'`{bad[0]}` is {r[bad[0]]:g}: a share is between 0 and 1.')
+    for k in shares:
+        if not 0 <= r[k] <= 1: raise Wrong(f'`{k}` is {r[k]:g}: a share is between 0 and 1.')
     many = len(rows()['test'])
     if r['n'] in (20, 80): raise Wrong('`n` counts the twenty of the dose-response: only the other beginnings test it.')
     if r['n'] != many: raise Wrong(f'`n` is {r["n"]:g}: the share is of {many} beginnings; tokens are no cases.')
-    unit = _direction()/np.linalg.norm(_direction())
-    hits = int(_written('test', r['strength']*unit).sum())
+    hits = int(_written('test', r['strength']).sum())
     if abs(r['success'] - hits/many) > 1.5/many:
-        if abs(r['success'] - _written('choose', r['strength']*unit).mean()) < 1e-6:
+        if same(r['success'], _written('choose', r['strength']).mean()):
             raise Wrong('`success` is that of the twenty beginnings of the dose-response; report the test.')
         raise Wrong(f'`success` is {r["success"]:.3f}, but at this strength it is {hits/many:.3f}: is `strength` the '
                     'length of what is added?')
@@ -330,11 +330,11 @@ def report(
     wide = lambda n: np.array(binomtest(round(r['success']*n), n).proportion_ci(.95, 'wilson'))
     if same(ends, wide(20), 5e-3): raise Wrong(f'`interval` is that of 20 beginnings, the share is of {many}.')
     if not same(ends, wide(many), 5e-3): raise Wrong(f'`interval` is not that of Wilson for {hits} of {many}.')
-    if r['clean'] != (clean := _written('test', 0*unit).mean()):
+    if r['clean'] != (clean := _written('test', 0.).mean()):
         raise Wrong(f'`clean` is {r["clean"]:.3f}; without a push {clean:.3f} of the texts hold a word.')
     if r['random'] > .2: raise Wrong(f'`random` is {r["random"]:.2f}: is that the mean of the random directions?')
     if r['prompted'] in (r['success'], r['clean']): raise Wrong('`prompted` is the share after the text of `ask`.')
-    kl, ratio = _price(r['strength']*unit)
+    kl, ratio = _price(r['strength'])
     if abs(r['ratio'] - ratio) > .02*ratio or abs(r['kl'] - kl) > .02*kl:
         if abs(r['kl'] - ratio) < .02*ratio: raise Wrong('`kl` and `ratio` are exchanged.')
         raise Wrong(f'`kl` and `ratio` are {r["kl"]:.3f} and {r["ratio"]:.3f}; at this strength the neutral verses '
