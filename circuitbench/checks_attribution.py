@@ -18,7 +18,7 @@ from .course import Wrong, asked, check, judge, same, values
 from .edit import add, patch
 from .frozen import frozen_norms
 from .pairs import logit_diff
-from .seam import CACHE
+from .seam import cache_name, cache_of
 from .task import Prompt, facts, tables
 from .truth import truth
 
@@ -253,7 +253,7 @@ def _memories(cut: int) -> dict[str, list[Tensor]]:
     "What stands in for the state of each block (head, d_head, d_state) after some tokens."
     m = shipped()
     def states(text):
-        layers = m.hf(input_ids=m.tokens(text)[0][:, :cut], use_cache=True)[CACHE].layers
+        layers = cache_of(m.hf(input_ids=m.tokens(text)[0][:, :cut], use_cache=True)).layers
         return [v.recurrent_states[0][0].clone() for v in layers]
     every = [states(t) for t in twenty()]
     return {'typical': [torch.stack(v).mean(0) for v in zip(*every)], 'corrupt': states(CORRUPT),
@@ -264,9 +264,9 @@ def _memories(cut: int) -> dict[str, list[Tensor]]:
 def _log_probs(text: str, blocks: tuple[int, ...] = (), what: str = 'typical', cut: int = 10) -> Tensor:
     "What is said after a prompt if some blocks' states are replaced in the cache after some tokens."
     m, ids = shipped(), shipped().tokens(text)[0]
-    memory = m.hf(input_ids=ids[:, :cut], use_cache=True)[CACHE]
+    memory = cache_of(m.hf(input_ids=ids[:, :cut], use_cache=True))
     for i in blocks: memory.layers[i].recurrent_states[0] = _memories(cut)[what][i][None].clone()
-    for one in ids[:, cut:].split(1, 1): out = m.hf(input_ids=one, use_cache=True, **{CACHE: memory})
+    for one in ids[:, cut:].split(1, 1): out = m.hf(input_ids=one, use_cache=True, **{cache_name(m.hf): memory})
     return out.logits[0, -1].double().log_softmax(-1)
 
 def _lost(text: str, blocks: tuple[int, ...], answer: str, what: str = 'typical', cut: int = 10) -> float:

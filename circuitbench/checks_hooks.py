@@ -12,21 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuitbench.checks_truth import (
-    CLEAN,
-    CORRUPT,
-    answer_ends,
-    hooked,
-    inputs_of,
-    last_logits,
-    logit_difference,
-    parts_of,
-    put,
-    shipped,
-    stream_of,
-)
+from .checks_truth import CLEAN, CORRUPT, answer_ends, forgets, hooked, last, moved, shipped, stream, writes
 from .course import Wrong, asked, check, judge, same, values
-from .edit import Edit, add, zero
+from .edit import add, zero
 from .task import facts, tables
 
 # %% ../nbs/83_checks_hooks.ipynb #unit-3
@@ -35,7 +23,7 @@ def read_state(
     answer,  # (1, 1, 2, d_head, d_state)
 ):
     "The state of block 3 after step 5, heads 0 and 3."
-    state = lambda layer, at, heads=(0, 3): parts_of(layer, at).sum(0)[list(heads)][None, None]
+    state = lambda layer, at, heads=(0, 3): writes(layer, at).sum(0)[list(heads)][None, None]
     got = values(answer)
     if got.shape[:3] == (1, 20, 2): raise Wrong('These are the states after all steps: `at=5` keeps the one.')
     if got.shape[:3] == (1, 1, 8): raise Wrong('These are all eight heads: `heads=[0, 3]` keeps two.')
@@ -44,38 +32,26 @@ def read_state(
         'That is the state after step 6, one too late: steps count from 0, and `at` is the step itself.': state(3, 6),
         'That is the state at the end of the prompt.': state(3, 19),
         'These are heads 0 and 1; asked are 0 and 3.': state(3, 5, (0, 1)),
-        'That is what step 5 writes (`ssm.write`), not the state after it.': parts_of(3, 5)[5][[0, 3]][None, None]}
+        'That is what step 5 writes (`ssm.write`), not the state after it.': writes(3, 5)[5][[0, 3]][None, None]}
         | {f'You looked at block {i}; asked is block 3.': state(i, 5) for i in (0, 1, 2, 4, 5)}, 1e-3)
     return 'The state after the country, of two heads: 2 x 64 x 64 numbers.'
-
-@cache
-def _forgets(layer: int, at: int) -> np.ndarray:
-    "Last logits if a block's state is zero after a step: its read-outs by sums, put in one site downstream."
-    v, D = inputs_of(layer), shipped().recurrences(CLEAN, layer)[layer].D.detach().double().numpy()
-    y = np.zeros_like(v['x'])
-    for t in range(len(y)):
-        parts = parts_of(layer, t)
-        if t >= at: parts = parts[at + 1:]                                 # nothing from before is there any more
-        y[t] = np.einsum('hpn,hn->hp', parts.sum(0), np.broadcast_to(v['C'][t], (8, 64))) + D[:, None]*v['x'][t]
-    edit = Edit(f'blocks.{layer}.ssm.y', lambda x, where: torch.tensor(y)[None].to(x))
-    return last_logits(edit)
 
 @check('Hint 2')
 def forget(
     answer,  # (d_vocab,)
 ):
     "The last logits if block 2 forgets at step 8."
-    other = lambda site, at=8, i=2: last_logits(zero(f'blocks.{i}.ssm.{site}', at=at))
-    judge(values(answer, (4308,)), _forgets(2, 8), {
-        'Nothing is changed: is the edit given to the run, `edit=`?': last_logits(()),
+    other = lambda site, at=8, i=2: last(zero(f'blocks.{i}.ssm.{site}', at=at))
+    judge(values(answer, (4308,)), forgets(2, 8), {
+        'Nothing is changed: is the edit given to the run, `edit=`?': last(()),
         'You zero the read-out `ssm.y` of that step: the memory itself stays whole and is read again by the next one.':
             other('y'),
         'You zero what step 8 writes (`ssm.write`): all from before is kept.': other('write'),
         'The state is zero at every step: `at=8` is missing, so this block has no memory at all.': other('state', None),
-        'You zero the state after step 7; asked is step 8.': _forgets(2, 7),
-        'You zero the state after step 9; asked is step 8.': _forgets(2, 9),
+        'You zero the state after step 7; asked is step 8.': forgets(2, 7),
+        'You zero the state after step 9; asked is step 8.': forgets(2, 9),
         'Every block forgets; asked is block 2.': other('state', 8, '*')}
-        | {f'You zero block {i}; asked is block 2.': _forgets(i, 8) for i in (0, 1, 3, 4, 5)}, 1e-4, 'The logits')
+        | {f'You zero block {i}; asked is block 2.': forgets(i, 8) for i in (0, 1, 3, 4, 5)}, 1e-4, 'The logits')
     return 'The scan went on from a state of zeros; the answer is still Havana.'
 
 @cache
@@ -89,18 +65,18 @@ def mean_ablated(
     answer,  # (d_vocab,)
 ):
     "The last logits if block 0 adds its mean over the eight other prompts."
-    seen = {i: torch.cat([stream_of(t, i, 'mixer') for t in others()]) for i in (0, 1, 2)}
+    seen = {i: torch.cat([stream(t, i, 'mixer') for t in others()]) for i in (0, 1, 2)}
     run = lambda m, i=0: hooked(CLEAN, i, lambda x: m.expand_as(x).to(x), 'mixer')[-1].numpy()
-    own, zeros = stream_of(CLEAN, 0, 'mixer'), torch.zeros(1)
+    own, zeros = stream(CLEAN, 0, 'mixer'), torch.zeros(1)
     judge(values(answer, (4308,)), run(seen[0].mean((0, 1), keepdim=True)), {
-        'Nothing is changed: is the edit given to the run, `edit=`?': last_logits(()),
+        'Nothing is changed: is the edit given to the run, `edit=`?': last(()),
         'That is zero ablation: the mean of what the block usually adds is not zero.': run(zeros),
         "That is the mean over this prompt's own positions: it still knows the prompt.": run(own.mean(1, keepdim=True)),
         "That is a mean for each position (`over='batch'`): what all eight prompts share is left in.":
             run(seen[0].mean(0, keepdim=True)),
         'That is the first other prompt alone: a patch, no mean.': run(seen[0][:1]),
         'Only the last position is changed: leave `at` out.': hooked(
-            CLEAN, 0, lambda x: put(x, seen[0].mean((0, 1), keepdim=True).expand_as(x), 19), 'mixer')[-1].numpy(),
+            CLEAN, 0, lambda x: torch.cat([x[:, :-1], seen[0].mean((0, 1), keepdim=True)], 1), 'mixer')[-1].numpy(),
         'You changed block 1; asked is block 0.': run(seen[1].mean((0, 1), keepdim=True), 1),
         'You changed block 2; asked is block 0.': run(seen[2].mean((0, 1), keepdim=True), 2)}, 1e-4, 'The logits')
     return 'Without what block 0 knows of this prompt, the answer is gone.'
@@ -132,12 +108,6 @@ def changed(
         raise Wrong('An edit that adds zeros changes nothing, and you find that it does.')
     return 'Nothing before the edited step, and in the last block nothing after it either.'
 
-@cache
-def _patched(layer: int, at: int, into: str = CORRUPT, source: str = CLEAN) -> float:
-    "The logit difference after a patch of the residual stream after a block, by a plain hook."
-    there = stream_of(source, layer)
-    return logit_difference(hooked(into, layer, lambda x: put(x, there, at)), *answer_ends()[2:])
-
 @check('Hint 5')
 def recovery(
     f,  # model, clean, corrupt, site, at, target, wrong -> a number
@@ -147,7 +117,7 @@ def recovery(
     ask = lambda i, t: asked(f, shipped(), CLEAN, CORRUPT, f'blocks.{i}.resid_post', t, ' Havana', ' Vienna')
     got = np.array([float(values(ask(i, t), (), 'Your result')) for i, t in cases])
     a, b, *_ = answer_ends()
-    d, back = (np.array([_patched(i, t, *order) for i, t in cases]) for order in ((), (CLEAN, CORRUPT)))
+    d, back = (np.array([moved(i, t, *order) for i, t in cases]) for order in ((), (CLEAN, CORRUPT)))
     judge(got, (d - a)/(b - a), {
         'A patch that does nothing: the source is read in the corrupt run itself, take the clean one.': np.zeros(4),
         'You put corrupt activations into the clean run: here the clean ones go into the corrupt run.':
@@ -160,7 +130,7 @@ def recovery(
         'Counted from the wrong end: 0 is the corrupt run, 1 the clean one.': 1 - (d - a)/(b - a),
         'Every position is patched: give `at`.': np.ones(4),
         'You patch one step too late: `at` is the step itself.':
-            (np.array([_patched(i, min(t + 1, 19)) for i, t in cases]) - a)/(b - a)}, 1e-3,
+            (np.array([moved(i, min(t + 1, 19)) for i, t in cases]) - a)/(b - a)}, 1e-3,
         'The recovery (blocks and steps 2, 5; 2, 19; 1, 5; 4, 5)')
     return 'In block 1 all of it passes at the country; in block 2 a third there, two thirds at the end.'
 
@@ -170,7 +140,7 @@ def jump(
 ):
     "The map of recoveries of the residual stream."
     a, b, *_ = answer_ends()
-    true = np.array([[(_patched(i, t) - a)/(b - a) for t in range(20)] for i in range(6)])
+    true = np.array([[(moved(i, t) - a)/(b - a) for t in range(20)] for i in range(6)])
     got = values(answer)
     if got.shape == (20, 6): raise Wrong('The map is turned: blocks are rows, steps are columns.')
     judge(values(answer, (6, 20)), true, {

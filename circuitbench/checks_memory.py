@@ -11,12 +11,11 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .checks_truth import CLEAN, CORRUPT, answer_ends, inputs_of, last_logits, parts_of, shipped
-from .course import Wrong, asked, check, judge, same, values
+from .checks_truth import CLEAN, CORRUPT, answer_ends, inputs, last, shipped, writes
+from .course import Wrong, asked, check, judge, values
 from .edit import live
-from .seam import CACHE
+from .seam import cache_name, cache_of
 from .task import Prompt, facts, indirect_object, induction, tables
 
 # %% ../nbs/83_checks_memory.ipynb #swapped
@@ -25,14 +24,14 @@ def _swapped(name: str, text: str, other: str, cut: int, part: str = 'ssm', laye
              tail: str | None = None) -> str:
     "The next token after a swap in transformers' cache `cut` tokens in, the rest read one by one."
     model = shipped(name)
-    caches = [model.hf(input_ids=model.tokens(t)[0][:, :cut], use_cache=True)[CACHE] for t in (text, other)]
+    caches = [cache_of(model.hf(input_ids=model.tokens(t)[0][:, :cut], use_cache=True)) for t in (text, other)]
     for i, (a, b) in enumerate(zip(*(c.layers for c in caches))):
         if layers is not None and i not in layers: continue
         if part in ('ssm', 'both'): a.recurrent_states[0] = b.recurrent_states[0].clone()
         if part == 'both': a.conv_states[0] = b.conv_states[0].clone()
         if part == 'attn': a.keys, a.values = b.keys.clone(), b.values.clone()
     rest = model.tokens(text if tail is None else tail)[0][:, cut:]
-    for ids in rest.split(1, 1): out = model.hf(input_ids=ids, use_cache=True, **{CACHE: caches[0]})
+    for ids in rest.split(1, 1): out = model.hf(input_ids=ids, use_cache=True, **{cache_name(model.hf): caches[0]})
     return model.tokenizer.decode([int(out.logits[0, -1].argmax())])
 
 # %% ../nbs/83_checks_memory.ipynb #unit-4
@@ -41,7 +40,7 @@ def kept(
     answer,  # (blocks, heads)
 ):
     "What each head still has of the write of step 5, at the end."
-    log = np.stack([np.log(inputs_of(i)['a']) for i in range(6)])            # block pos head
+    log = np.stack([np.log(inputs(i)['a']) for i in range(6)])            # block pos head
     share = lambda lo, hi=20: np.exp(log[:, lo:hi].sum(1))
     got = values(answer)
     if got.shape == (8, 6): raise Wrong('Turned: blocks are rows, heads are columns.')
@@ -62,10 +61,10 @@ def shares(
     "Whose the final state of block 2, head 3 is."
     def share(layer=2, head=3, at=19, **how):
         "The shares of another head, or with another way to decay."
-        parts = parts_of(layer, at, **how)[:, head]
-        S = parts_of(layer, at)[:, head].sum(0)
+        parts = writes(layer, at, **how)[:, head]
+        S = writes(layer, at)[:, head].sum(0)
         return np.einsum('spn,pn->s', parts, S)/(S*S).sum()
-    got, parts = values(answer, (20,)), parts_of(2, 19)[:, 3]
+    got, parts = values(answer, (20,)), writes(2, 19)[:, 3]
     size = np.sqrt((parts**2).sum((1, 2)))
     judge(got, share(), {
         'The decays are missing: these are the writes as they were made, not what is left of them.':
@@ -153,7 +152,7 @@ def few_writes(
     model, (a, b, t, w) = shipped(), answer_ends()
     cells = {(n, p) for e in edits for n in model.site_names(e.site) for p in np.ravel(e.pos).tolist()}
     steps, blocks = sorted({p for _, p in cells}), sorted({int(n.split('.')[1]) for n, _ in cells})
-    d = float(np.subtract(*last_logits(edits, CORRUPT)[[t, w]]))
+    d = float(np.subtract(*last(edits, CORRUPT)[[t, w]]))
     if abs(d - a) < 1e-3:
         raise Wrong('Nothing moves: were the writes read in the clean run, and at the steps where the prompts differ?')
     said = f'Steps {steps} of blocks {blocks}: {(d - a)/(b - a):.0%} of the way to the clean answer.'

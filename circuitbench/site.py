@@ -111,7 +111,7 @@ ALIASES = MappingProxyType({
     'mixer.hook_out': 'mixer_out', 'mixer.in_proj.hook_out': 'ssm.in_proj', 'mixer.conv1d.hook_out': 'ssm.conv',
     'mixer.hook_ssm_state': 'ssm.state', 'mixer.hook_ssm_write': 'ssm.write',
     'mixer.out_proj.hook_in': 'ssm.out_proj_in',
-    'hook_mlp_in': 'mlp_in', 'hook_mlp_out': 'mlp_out', 'hook_attn_out': 'attn.out', 'attn.hook_q': 'attn.q',
+    'hook_mlp_in': 'resid_mid', 'hook_mlp_out': 'mlp_out', 'hook_attn_out': 'attn.out', 'attn.hook_q': 'attn.q',
     'attn.hook_k': 'attn.k', 'attn.hook_v': 'attn.v', 'attn.hook_z': 'attn.z', 'attn.hook_pattern': 'attn.pattern'})
 
 class SiteError(KeyError):
