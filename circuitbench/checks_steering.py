@@ -233,7 +233,7 @@ def strength_at(
             raise Wrong(f'{said}: your search does not go that far. Double the upper end until it costs too much.')
         if there > want and got >= max(calls, default=0)*.999:
             raise Wrong(f'{said}: that is the first strength that costs too much; halve what lies between.')
-        raise Wrong(f'{said}. Which half do you keep where the middle costs too {"little" if there < want else "much"}?')
+        raise Wrong(f'{said}. Which half do you keep if the middle costs too {"little" if there < want else "much"}?')
     return 'Three curves, three strengths within a hundredth of the cost that was wanted.'
 
 # %% ../nbs/83_checks_steering.ipynb #fades-check
