@@ -96,7 +96,9 @@ STAGES = {
     'rwkv7': (Stage(2500, 9000, 3e-3, ((.17, INDUCE), (1, (.48, .22, .14, .06, .10))), OTHER[:1]),
               Stage(4500, 4500, 2.2e-3, LAST, OTHER, .05, .5),
               Stage(2000, 2000, 1.6e-3, TEXT, OTHER, .05, .5)),
-    'titans': (Stage(700, 700, 3e-3, ((.5, INDUCE), (1, (.55, .18, .13, .04, .10))), OTHER[:1]),),  # half an hour
+    'titans': (Stage(700, 700, 3e-3, ((.5, INDUCE), (1, (.55, .18, .13, .04, .10))), OTHER[:1]),       # half an hour
+               Stage(1600, 1600, 3e-3, ((.6, INDUCE), (1, (.48, .12, .22, .06, .12))), OTHER[:1]),
+               Stage(2500, 2500, 2.2e-3, LAST, OTHER, .05, .5)),
     'transformer': (Stage(1500, 5000, 3e-3, ((1, INDUCE),), OTHER[:1]),
                     Stage(2000, 2000, 2.2e-3, LAST, OTHER, .05, .5, 2*LENGTH))}
 # the model that ships is the mean of these: better than each of them
