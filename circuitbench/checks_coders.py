@@ -194,7 +194,7 @@ def _loss(x: Tensor, W_enc: Tensor, W_dec: Tensor, k: int) -> Tensor:
     y = sum(value[:, i, None].relu()*W_dec[index[:, i]] for i in range(k))
     return (x - y).square().sum(1).mean()
 
-def _by_autograd(x: Tensor, W_enc: Tensor, W_dec: Tensor, k: int, unit: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def _by_autograd(x: Tensor, W_enc: Tensor, W_dec: Tensor, k: int, unit: bool = True) -> tuple[np.ndarray, ...]:
     "Gradients of the loss to the encoder and to the decoder, through the norm of its rows where `unit`."
     with torch.enable_grad():
         A, V = W_enc.clone().requires_grad_(), W_dec.clone().requires_grad_()

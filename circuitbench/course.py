@@ -251,7 +251,7 @@ def same(a, b, tol: float = 1e-4) -> bool:
 
 def judge(
     got: np.ndarray,  # as `values` gives it
-    truth: np.ndarray,
+    truth,  # array, tensor or number
     mistakes: Mapping[str, object] = {},  # noqa: B006, never written; a sentence -> what that mistake gives
     tol: float = 1e-4,  # relative to the largest entry
     what: str = 'Your answer',
