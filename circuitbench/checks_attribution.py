@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks_truth import CLEAN, CORRUPT, answer_ends, shipped
+from .checks_truth import CLEAN, CORRUPT, answer_ends, cache_after, read_on, shipped
 from .course import Wrong, asked, check, judge, same, values
 from .edit import add, patch
 from .frozen import frozen_norms
 from .pairs import logit_diff
-from .seam import cache_name, cache_of
 from .task import Prompt, facts, tables
 from .truth import truth
 
@@ -253,8 +252,7 @@ def _memories(cut: int) -> dict[str, list[Tensor]]:
     "What stands in for the state of each block (head, d_head, d_state) after some tokens."
     m = shipped()
     def states(text):
-        layers = cache_of(m.hf(input_ids=m.tokens(text)[0][:, :cut], use_cache=True)).layers
-        return [v.recurrent_states[0][0].clone() for v in layers]
+        return [v.recurrent_states[0][0].clone() for v in cache_after(m, text, cut).layers]
     every = [states(t) for t in twenty()]
     return {'typical': [torch.stack(v).mean(0) for v in zip(*every)], 'corrupt': states(CORRUPT),
             'zero': [torch.zeros_like(v) for v in every[0]], 'one': every[0]}
@@ -264,10 +262,9 @@ def _memories(cut: int) -> dict[str, list[Tensor]]:
 def _log_probs(text: str, blocks: tuple[int, ...] = (), what: str = 'typical', cut: int = 10) -> Tensor:
     "What is said after a prompt if some blocks' states are replaced in the cache after some tokens."
     m, ids = shipped(), shipped().tokens(text)[0]
-    memory = cache_of(m.hf(input_ids=ids[:, :cut], use_cache=True))
+    memory = cache_after(m, text, cut)
     for i in blocks: memory.layers[i].recurrent_states[0] = _memories(cut)[what][i][None].clone()
-    for one in ids[:, cut:].split(1, 1): out = m.hf(input_ids=one, use_cache=True, **{cache_name(m.hf): memory})
-    return out.logits[0, -1].double().log_softmax(-1)
+    return read_on(m, ids[:, cut:], memory).double().log_softmax(-1)
 
 def _lost(text: str, blocks: tuple[int, ...], answer: str, what: str = 'typical', cut: int = 10) -> float:
     word = int(shipped().tokens(answer)[0][0, 0])

@@ -10,29 +10,25 @@ from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
-import torch
 
-from .checks_truth import CLEAN, CORRUPT, answer_ends, inputs, last, shipped, writes
+from .checks_truth import CLEAN, CORRUPT, answer_ends, cache_after, inputs, last, read_on, shipped, writes
 from .course import Wrong, asked, check, judge, values
 from .edit import live
-from .seam import cache_name, cache_of
 from .task import Prompt, facts, indirect_object, induction, tables
 
 # %% ../nbs/83_checks_memory.ipynb #swapped
-@torch.no_grad()
 def _swapped(name: str, text: str, other: str, cut: int, part: str = 'ssm', layers: Iterable[int] | None = None,
              tail: str | None = None) -> str:
     "The next token after a swap in transformers' cache `cut` tokens in, the rest read one by one."
     model = shipped(name)
-    caches = [cache_of(model.hf(input_ids=model.tokens(t)[0][:, :cut], use_cache=True)) for t in (text, other)]
+    caches = [cache_after(model, t, cut) for t in (text, other)]
     for i, (a, b) in enumerate(zip(*(c.layers for c in caches))):
         if layers is not None and i not in layers: continue
         if part in ('ssm', 'both'): a.recurrent_states[0] = b.recurrent_states[0].clone()
         if part == 'both': a.conv_states[0] = b.conv_states[0].clone()
         if part == 'attn': a.keys, a.values = b.keys.clone(), b.values.clone()
     rest = model.tokens(text if tail is None else tail)[0][:, cut:]
-    for ids in rest.split(1, 1): out = model.hf(input_ids=ids, use_cache=True, **{cache_name(model.hf): caches[0]})
-    return model.tokenizer.decode([int(out.logits[0, -1].argmax())])
+    return model.tokenizer.decode([int(read_on(model, rest, caches[0]).argmax())])
 
 # %% ../nbs/83_checks_memory.ipynb #unit-4
 @check('Hint 1')

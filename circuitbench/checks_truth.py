@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLEAN', 'CORRUPT', 'shipped', 'hooked', 'stream', 'put', 'inputs', 'writes', 'last', 'answer_ends', 'margin',
-           'forgets', 'moved']
+           'forgets', 'moved', 'cache_after', 'read_on']
 
 # %% ../nbs/82_checks_truth.ipynb #imports
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .edit import Edit
 from .load import load_model
+from .seam import cache_name, cache_of
 
 # %% ../nbs/82_checks_truth.ipynb #bare
 CLEAN = 'If a man would see Cuba, let him first see the house of the king, which standeth in'
@@ -100,3 +101,14 @@ def moved(layer: int, at: int, into: str = CORRUPT, source: str = CLEAN) -> floa
     "The logit difference after a patch of the residual stream after a block, by a plain hook."
     there = stream(source, layer)
     return margin(hooked(into, layer, lambda x: put(x, there, at)), *answer_ends()[2:])
+
+@torch.no_grad()
+def cache_after(model, text: str, cut: int):
+    "transformers' own cache after the first tokens of a text."
+    return cache_of(model.hf(input_ids=model.tokens(text)[0][:, :cut], use_cache=True))
+
+@torch.no_grad()
+def read_on(model, ids: Tensor, cache) -> Tensor:
+    "The last logits, (d_vocab,), where ids (1, pos) are read one by one on a cache, which they change."
+    for one in ids.split(1, 1): out = model.hf(input_ids=one, use_cache=True, **{cache_name(model.hf): cache})
+    return out.logits[0, -1]

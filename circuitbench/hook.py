@@ -207,8 +207,7 @@ class HookedModel:
             with listening(self, ear, backend, mask, grad, options['use_cache'], last, rows), recording:
                 out = self.hf(input_ids=ids, attention_mask=_mask_of_call(mask, state, past), **options)
         strings = [self.strings(r) for r in ids] if names else []
-        cache = cache_of(out) if keep_state else None
-        kept = from_cache(cache, tokens, mask, self.adapter.family, self.adapter.turned) if keep_state else None
+        kept = from_cache(cache_of(out), tokens, mask, self.adapter.family, self.adapter.turned) if keep_state else None
         return Output(out.logits, ids, mask, kept), Cache(ear.heard, ear.pos, ear.paths, strings), ear.notes
 
     def _state_for(self, state: State, ids: Tensor, mask: Tensor | None, backend: str) -> tuple[State, Tensor | None]:

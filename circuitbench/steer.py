@@ -21,7 +21,7 @@ from .hook import HookedModel
 from .scores import kl_divergence
 from .steer_board import SteerInspector
 from .steer_rows import named_directions
-from .view import columns, esc, lines, num, save_page, table, text_diff, token_strip, wrap
+from .view import columns, esc, lines, num, save_page, switch, table, text_diff, token_strip, wrap
 
 # %% ../nbs/79_steer.ipynb #Steered
 @dataclass(frozen=True, eq=False)
@@ -231,11 +231,6 @@ def steer_view(steered: Steered) -> str:
     return wrap(f'{about}{texts}{columns(strip, nexts)}', f'Prompt: {steered.prompt}', 'div')
 
 # %% ../nbs/79_steer.ipynb #sweep-view
-_SLIDE = ("const f=this.closest('.sw'),k=+this.value;"
-          "f.querySelectorAll('[data-k]').forEach(e=>e.hidden=e.dataset.k!=k);"
-          "const s=this.dataset.names.split(' ')[k];this.setAttribute('aria-valuetext',s);"
-          "f.querySelector('b').textContent=s")
-
 def sweep_view(
     pushes: Iterable[Steered],  # the same push at several strengths
     shown: int = 0,  # the one that is seen first
@@ -243,18 +238,11 @@ def sweep_view(
     "Pushes under a slider that works in the page, and their mean KL over strength."
     pushes = list(pushes)
     if not pushes: raise ValueError('got no push, expected at least one; see Steered.again')
-    names = [f'{p.strength:g}' for p in pushes]
-    shown = range(len(pushes))[shown]
-    slider = (f'<label>strength <input type="range" min="0" max="{len(pushes) - 1}" value="{shown}" '
-              f'data-names="{" ".join(names)}" aria-valuetext="{names[shown]}" oninput="{esc(_SLIDE)}" '
-              'style="width:min(24rem,60vw);vertical-align:middle;accent-color:var(--s0)"> '
-              f'<b>{names[shown]}</b></label>')
-    views = ''.join(f'<div data-k="{k}" style="margin:1rem 0"{" hidden"*(k != shown)}>{steer_view(p)}</div>'
-                    for k, p in enumerate(pushes))
+    pages = switch(map(steer_view, pushes), [f'{p.strength:g}' for p in pushes], 'strength', shown)
     curves = {'prompt': [p.kl_mean for p in pushes]}
     if all(len(p.text_kl) for p in pushes): curves['steered text'] = [p.text_kl_mean for p in pushes]
     cost = lines(curves, [p.strength for p in pushes], 'What each strength costs', 'strength', 'mean KL, nats')
-    return wrap(f'<div class="sw">{slider}{views}</div>{cost*(len(pushes) > 1)}', tag='div')
+    return wrap(pages + cost*(len(pushes) > 1), tag='div')
 
 def _save(again, first: Steered, path, strengths) -> Path:
     "Writes the page of a push, or of a push at several strengths."

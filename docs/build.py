@@ -77,8 +77,6 @@ def imported(module: Module) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = up[:len(up) - node.level + 1] + (node.module.split('.') if node.module else [])
             found |= {'.'.join(base), *('.'.join([*base, a.name]) for a in node.names)}
-        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('circuitbench.'):
-            found.add(node.module.removeprefix('circuitbench.'))
     return found
 
 
