@@ -42,14 +42,14 @@ padding:.1rem .2rem;text-align:left;border-radius:4px;font-size:13px} .board .li
 .board.spread .node{text-overflow:ellipsis} .board.spread .node.pill{border-radius:8px}`
 
 const HTML = `<div class="ask"></div><details class="asked" hidden><summary></summary><div class="sc" tabindex="0" role="group" aria-label="Prompts"></div></details>
-<div class="top"><div class="size"><svg class="curve" role="img"></svg><input class="n" type="range" min="0" max="1000" step="1" aria-label="Edges kept, the largest first"></div>
+<div class="top"><div class="size"><svg class="curve" role="img" aria-label="Faithfulness by number of edges"></svg><input class="n" type="range" min="0" max="1000" step="1" aria-label="Edges kept, the largest first"></div>
 <div class="now"><div>largest <input class="count" type="number" min="1" aria-label="Edges kept"> <span class="all"></span></div><div class="kept"></div></div></div>
 <div class="bar"><input class="find" type="search" placeholder="Filter: 2.ssm, gate" aria-label="Filter by name; a comma means or">
 <span class="group lay" role="group" aria-label="Layout" hidden><button type="button" data-by="head">by head</button><button type="button" data-by="position">by position</button></span>
 <span class="group kinds"></span><label class="few"><input type="checkbox" class="only">only parts in it</label><label class="both">show <select class="which"></select></label>
 <span class="group end"><button type="button" class="given" title="The edges that the circuit came with">As found</button><button type="button" data-save="svg">SVG</button><button type="button" data-save="png">PNG</button><button type="button" data-save="json">JSON</button></span></div>
 <div class="chips"></div><div class="stage"><div class="scene"><canvas class="edges"></canvas><canvas class="over"></canvas><canvas class="marks"></canvas>
-<div class="nodes" role="group"></div><div class="tip" hidden></div></div><aside class="side" aria-label="The chosen node" aria-live="polite"></aside></div>
+<div class="nodes" role="group" aria-label="Nodes"></div><div class="tip" hidden></div></div><aside class="side" aria-label="The chosen node" aria-live="polite"></aside></div>
 <div class="lg"></div><details class="rows"><summary>Strongest edges as a table</summary><div class="sc" tabindex="0" role="group" aria-label="Strongest edges"></div></details>`
 
 // -- reading -----------------------------------------------------------------------------

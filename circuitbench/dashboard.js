@@ -167,9 +167,12 @@ function mount(root, r, ramps) {
         style: `left:${100 * a}%;width:${100 * (b - a)}%`}), make('s', {style: `left:${100 * (-lo / span)}%`})), make('span', {}, num(v))) })
     return make('div', {}, make('h4', {}, title), e)
   }
-  const svg = (title, inside, left, right, high) => make('div', {}, make('h4', {}, title), make('div', {className: 'ends'}, make('span', {}, high)),
-    make('div', {innerHTML: `<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img">${inside}</svg>`}),
-    make('div', {className: 'ends'}, make('span', {}, left), make('span', {}, right)))
+  function svg(title, inside, left, right, high) {
+    const e = make('div', {innerHTML: `<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img">${inside}</svg>`})
+    e.firstChild.setAttribute('aria-label', `${title}: ${high}, from ${left} to ${right}`)
+    return make('div', {}, make('h4', {}, title), make('div', {className: 'ends'}, make('span', {}, high)), e,
+      make('div', {className: 'ends'}, make('span', {}, left), make('span', {}, right)))
+  }
   function histogram(j) {
     const counts = row(r.counts, j), last = counts.findLastIndex(n => n > 0) + 1, high = Math.max(...counts), w = 1000 / last, width = r.width[j]
     const bar = i => `<rect x="${w * i + .5}" width="${w - 1}" y="${100 - 100 * counts[i] / high}" height="${100 * counts[i] / high}"/>

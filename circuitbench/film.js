@@ -20,14 +20,14 @@ const HTML = `<div class="bar"><button type="button"></button><input class="step
 <option value="3">3 a second</option><option value="10" selected>10 a second</option><option value="30">30 a second</option>
 <option value="1000">every frame</option></select></label><label>colours <select class="own"><option value="">one scale
 </option><option value="1">a scale for each head</option></select></label></div>
-<div class="tk" role="img"></div><div class="lg tokens"></div>
-<div class="panels"><div><h3 class="a"></h3><canvas class="grid" role="img" data-click></canvas></div>
-<div><h3 class="b"></h3><canvas class="one" role="img"></canvas><div class="note"></div><div class="lg of-states"></div></div>
-<div><h3 class="c"></h3><canvas class="wrote" role="img"></canvas><div class="note"></div><div class="lg of-writes"></div></div></div>
+<div class="tk" role="img" aria-label="Tokens"></div><div class="lg tokens"></div>
+<div class="panels"><div><h3 class="a"></h3><canvas class="grid" role="img" aria-label="State of each head" data-click></canvas></div>
+<div><h3 class="b"></h3><canvas class="one" role="img" aria-label="State of the chosen head"></canvas><div class="note"></div><div class="lg of-states"></div></div>
+<div><h3 class="c"></h3><canvas class="wrote" role="img" aria-label="What the chosen head writes"></canvas><div class="note"></div><div class="lg of-writes"></div></div></div>
 <output class="cells"></output>
-<h3>What each head keeps, writes and would say</h3><div class="roll"><canvas class="rows" role="img" data-click></canvas></div><output class="said"></output>
+<h3>What each head keeps, writes and would say</h3><div class="roll"><canvas class="rows" role="img" aria-label="What each head keeps, writes and would say" data-click></canvas></div><output class="said"></output>
 <details><summary>Values of this step as a table</summary><div class="sc" tabindex="0" role="group" aria-label="Every head"></div>
-</details><div class="patches"><h3 class="d"></h3><canvas class="map" role="img" data-click></canvas><div class="lg of-map"></div>
+</details><div class="patches"><h3 class="d"></h3><canvas class="map" role="img" aria-label="Recovery by head and step" data-click></canvas><div class="lg of-map"></div>
 <output class="patched"></output></div>`
 
 // -- reading -----------------------------------------------------------------------------

@@ -20,13 +20,14 @@ from .circuit import Circuit, extract_circuit
 from .direction import mean_difference
 from .draw import columns, esc, table, wrap
 from .file import beside
-from .hook import HookedModel, activation_view
+from .hook import HookedModel
 from .latent import latent_report
 from .listen import Cache
 from .patching import StatePatches, patch_states, patch_view
 from .registry import released
 from .report import LatentReport
 from .sae import SAE
+from .site_view import activation_view
 from .steer import Steered, steer, steer_view
 from .view import save_page
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .edit import At, check_at, positions
 from .hook import HookedModel
+from .room import check_room
 from .task import facts, indirect_object, induction, training_line
 from .task import text as verses
 from .wiring import listening
@@ -263,7 +264,7 @@ def heard(
     names, (ids, _) = list(dict.fromkeys(model.site_names(sites))), model.tokens(ids)
     batch, n = ids.shape
     ear = model._listener(names, (), at, heads, dtype, ids.shape, n, False)
-    model._check_memory(ear.reads, batch, n, False, n, 'logits' not in names)
+    check_room(model, ear.reads, batch, n, False, n, 'logits' not in names)
     steps = len(positions(ear.reads[names[0]].at, -model.meta, n, n)[0])
     if not steps: raise ValueError(f'got at={at}, which chooses none of the {n} positions')
     left, keep = dict.fromkeys(names, steps), ear._keep

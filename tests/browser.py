@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update',
@@ -54,6 +55,10 @@ CONTRAST = """() => {
 MIDDLE = """e => { e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();
                    return [r.left + r.width / 2, r.top + r.height / 2] }"""
 
+# Boards and films that can be seen have been drawn once.
+DRAWN = """() => { const seen = s => [...document.querySelectorAll(s)].filter(e => e.clientWidth);
+  return seen('.board-root, .film-root').every(e => e.querySelector('.board, .film')) && seen('.board, .film').every(e => e.dataset.frames) }"""
+
 
 @dataclass
 class Seen:
@@ -83,6 +88,13 @@ def watched_page(browser, **options):
     page.on('request', lambda r: r.url.startswith('data:') or seen.requests.append(r.url))
     try: yield page, seen
     finally: context.close()
+
+
+def faults(page, within=None, grave=False):
+    "What axe-core finds on a page, or within a selector, once its views are drawn; grave leaves out what is neither serious nor critical."
+    page.wait_for_function(DRAWN)
+    found = Axe().run(page, context=within and {'include': [[within]]}).response['violations']
+    return [(v['impact'], v['id'], x['html'][:200]) for v in found if not grave or v['impact'] in ('serious', 'critical') for x in v['nodes']]
 
 
 @contextmanager

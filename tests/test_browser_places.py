@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from browser import READY, ROOT, chromium, jupyter_lab, watched_page
+from browser import READY, ROOT, chromium, faults, jupyter_lab, watched_page
 from test_docs import tool
 
 pytestmark = pytest.mark.slow
@@ -161,14 +160,13 @@ def test_arrow_keys_move_the_slider_and_not_the_notebook(place, name):
 
 def test_living_inspectors_can_be_used_by_all(place):
     page, _ = place
-    faults = []
+    found = []
     for look in LOOKS.values():
         box, _ = output(page, look.cell)
         wide = "e => [...e.querySelectorAll('.cbv-live, .cbv-live .cbv')].every(x => x.getBoundingClientRect().right <= e.getBoundingClientRect().right)"
         assert box.evaluate(wide)
-        found = Axe().run(page, context={'include': [['.cbv-live']]}).response['violations']
-        faults += [(v['impact'], v['id'], x['html'][:160]) for v in found for x in v['nodes']]
-    assert not faults, '\n'.join(map(str, dict.fromkeys(faults)))
+        found += faults(page, '.cbv-live')
+    assert not found, '\n'.join(map(str, dict.fromkeys(found)))
 
 
 # -- what other notebooks ask for --------------------------------------------------------
@@ -262,7 +260,7 @@ def held(page, name):
 
 @pytest.mark.parametrize('name', LOOKS)
 def test_a_saved_page_can_be_used_and_read_by_all(browser, made, tmp_path, name):
-    look, faults, fewer = LOOKS[name], [], {'SAEInspector': dict(latents=3)}
+    look, found, fewer = LOOKS[name], [], {'SAEInspector': dict(latents=3)}
     path = made[look.cell].to_html(tmp_path/'page.html', **fewer.get(name, {}))
     for theme in ('light', 'dark'):
         with watched_page(browser, color_scheme=theme, viewport={'width': 1200, 'height': 900}, bypass_csp=True) as (page, seen):
@@ -275,10 +273,22 @@ def test_a_saved_page_can_be_used_and_read_by_all(browser, made, tmp_path, name)
             assert not unseen
             changes(page, page.locator('section').first, control, look.key)
             page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-            for v in Axe().run(page).response['violations']: faults += [(theme, v['impact'], v['id'], x['html'][:160]) for x in v['nodes']]
+            found += [(theme, *v) for v in faults(page)]
             assert not seen.errors and not [r for r in seen.requests if not r.startswith(('file:', 'blob:'))]
             assert page.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
             pictures = page.locator('svg:visible, canvas[role=img]:visible, img:visible')
             silent = pictures.evaluate_all("es => es.filter(e => !e.closest('[aria-hidden=true],.lg') && !(e.ariaLabel || e.alt)).map(e => e.outerHTML.slice(0, 120))")
             assert not silent
-    assert not faults, '\n'.join(map(str, dict.fromkeys(faults)))
+    assert not found, '\n'.join(map(str, dict.fromkeys(found)))
+
+
+@pytest.mark.parametrize('name', ['StateInspector', 'CircuitInspector'])
+def test_pictures_have_a_name_before_they_are_drawn(browser, made, tmp_path, name):
+    path = made[LOOKS[name].cell].to_html(tmp_path/'page.html')
+    with watched_page(browser, viewport={'width': 1200, 'height': 900}, bypass_csp=True) as (page, _):
+        page.add_init_script('window.requestAnimationFrame = () => 0')
+        page.goto(path.as_uri())
+        box = page.locator('.film, .board').first
+        box.wait_for()
+        nameless = box.locator('[role=img], [role=group]').evaluate_all('es => es.filter(e => !e.ariaLabel).map(e => e.outerHTML.slice(0, 120))')
+        assert not nameless and box.get_attribute('data-frames') is None

@@ -1,7 +1,6 @@
 """The report of a prompt in a real browser: nothing asked of the network, no errors, no serious fault that axe-core finds."""
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from browser import chromium, watched_page
+from browser import chromium, faults, watched_page
 
 from circuitbench import cli
 
@@ -13,13 +12,12 @@ PROMPT = ['--prompt', 'Question: what is the capital of France? Answer:', '--tar
 def test_a_report_can_be_read_by_all(model, tmp_path):
     out = tmp_path/'r.html'
     assert cli.main(['report', model, *PROMPT, '--out', str(out)]) == 0
-    faults = []
+    found = []
     with chromium() as browser:
         for theme in ('light', 'dark'):
             with watched_page(browser, color_scheme=theme, viewport=dict(width=1200, height=900), bypass_csp=True) as (page, seen):
                 page.goto(out.as_uri())
-                for v in Axe().run(page).response['violations']:
-                    if v['impact'] in ('serious', 'critical'): faults += [(theme, v['id'], x['html'][:200]) for x in v['nodes']]
+                found += [(theme, *v) for v in faults(page, grave=True)]
                 assert not [r for r in seen.requests if not r.startswith(('file:', 'data:', 'blob:'))]
                 assert page.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
-    assert not faults, '\n'.join(map(str, faults[:20]))
+    assert not found, '\n'.join(map(str, found[:20]))

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from browser import CONTRAST, chromium, jupyter_lab, notebook_page, watched_page
+from browser import CONTRAST, chromium, faults, jupyter_lab, notebook_page, watched_page
 
 from circuitbench.dashboard import dashboard
 from circuitbench.latent import SAEInspector, latent_order
@@ -113,6 +113,13 @@ def test_thousands_of_latents_open_and_only_those_in_sight_are_drawn(browser, wh
         assert page.locator('.row').count() < 40
         print(f'{whole_page.stat().st_size/1e6:.1f} MB, drawn after {page.evaluate(DRAWN):.0f} ms')
         assert seen.errors == [] and seen.requests == [whole_page.as_uri()]
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_a_page_of_latents_can_be_read_by_all(browser, whole_page, theme):
+    with watched_page(browser, color_scheme=theme, viewport={'width': 1280, 'height': 900}, bypass_csp=True) as (page, _):
+        drawn(page, whole_page.as_uri())
+        assert page.locator('article svg').count() > 2 and faults(page, grave=True) == []
 
 
 def test_search_narrows_the_list_and_a_click_shows_a_latent(browser, whole_page, large):

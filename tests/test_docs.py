@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from browser import chromium, watched_page
+from browser import chromium, faults, watched_page
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,18 +67,15 @@ def site():
 
 @pytest.mark.slow
 def test_pages_have_no_serious_fault_in_both_themes(site):
-    from axe_playwright_python.sync_playwright import Axe
-    faults = []
+    found = []
     with chromium() as browser:
         for theme in ('light', 'dark'):
             for name in ('index', 'tutorials/two_memories', 'reference/circuitbench.edit', 'glossary'):
                 with watched_page(browser, color_scheme=theme, viewport=dict(width=1300, height=900)) as (page, seen):
                     page.goto((site/f'{name}.html').as_uri())
-                    for v in Axe().run(page).response['violations']:
-                        if v['impact'] in ('serious', 'critical'):
-                            faults += [(theme, name, v['id'], x['html'][:150]) for x in v['nodes']]
+                    found += [(theme, name, *v) for v in faults(page, grave=True)]
                     assert not [r for r in seen.requests if not r.startswith('file:')]
-    assert not faults, '\n'.join(map(str, faults[:20]))
+    assert not found, '\n'.join(map(str, found[:20]))
 
 
 @pytest.mark.slow
