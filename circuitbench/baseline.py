@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .draw import table
-from .evaluate import Result, bars, chunked, lined, measured, vectors, written
+from .evaluate import Result, bars, chunked, measured, vectors, written
 from .hook import HookedModel
+from .lined import lined
 from .sae import SAE
 from .stream import Text, shipped_text, token_rows
 

@@ -28,13 +28,12 @@ from .graph import Graph, graph_of, model_graph
 from .hook import HookedModel
 from .judge import BUDGETS, Interval, bootstrap, cmd, cpr, faithfulness_of
 from .pairs import Metric, Pairs, as_pairs, ends, metric_of
+from .portrait import PARTS, alike, digraph, figure, summed, told
 from .sae import SAE
 from .schema import from_node_link, node_link
 from .subgraph import run_edges
 
 # %% ../nbs/68_circuit.ipynb #circuit
-_PARTS = 'head', 'whole', 'expert', 'latent'
-
 @dataclass(frozen=True, eq=False)
 class Circuit:
     "The edges of a model that answer some prompts, with the scores of all."
@@ -87,10 +86,7 @@ class Circuit:
     # -- what is in it -------------------------------------------------------------------
     def top_layers(self, n: int = 5) -> list[tuple[int, float]]:
         "The n layers whose heads and MLPs together move the metric most: (layer, score)."
-        total = {}
-        for k, v in zip(self.graph.nodes, self.nodes.tolist()):
-            if k.kind in _PARTS and v == v: total[k.block] = total.get(k.block, 0.) + v
-        return sorted(total.items(), key=lambda e: -abs(e[1]))[:n]
+        return sorted(summed(self, 'block').items(), key=lambda e: -abs(e[1]))[:n]
 
     def top_nodes(self, n: int = 10, kind: str | None = None) -> list[tuple[str, float]]:
         "The n nodes of largest magnitude, of one kind, such as 'head', or any: (name, score)."
@@ -112,10 +108,7 @@ class Circuit:
 
     def by_branch(self) -> dict[str, float]:
         "What the heads and MLPs of each branch move together: 'ssm', 'attn', 'mlp'."
-        total = {}
-        for k, v in zip(self.graph.nodes, self.nodes.tolist()):
-            if k.kind in _PARTS and v == v: total[k.branch] = total.get(k.branch, 0.) + v
-        return total
+        return summed(self, 'branch')
 
     # -- other sizes ---------------------------------------------------------------------
     def top(self, n: int) -> 'Circuit':
@@ -192,7 +185,7 @@ class Circuit:
         whole, out = share(self.keep), []
         for name in self.parts():
             k = self.graph.index[name]
-            if self.graph.nodes[k].kind not in _PARTS: continue
+            if self.graph.nodes[k].kind not in PARTS: continue
             others = (self.graph.edges != k).all(1)
             out.append((name, whole - share(self.keep & (others[:, None] if self.by_position else others))))
         return sorted(out, key=lambda e: e[1])
@@ -218,13 +211,7 @@ class Circuit:
 
     def compare(self, other: 'Circuit') -> dict[str, float]:
         "How alike two circuits of one graph are: edges and nodes in common, and the rank correlation of all scores."
-        if self.graph.names != other.graph.names or self.keep.shape != other.keep.shape: raise ValueError(
-            f'got circuits of {self.model} and {other.model}, expected two of one graph')
-        over = lambda a, b: len(a & b)/max(1, len(a | b))
-        edges = [set(c.keep.flatten().nonzero()[:, 0].tolist()) for c in (self, other)]
-        rank = [c.scores.flatten().nan_to_num().argsort().argsort().double() for c in (self, other)]
-        return {'edges in common': over(*edges), 'nodes in common': over(*({*c.parts()} for c in (self, other))),
-                'rank correlation': float(torch.corrcoef(torch.stack(rank))[0, 1])}
+        return alike(self, other)
 
     # -- files ---------------------------------------------------------------------------
     def to_dict(self) -> dict:
@@ -257,12 +244,7 @@ class Circuit:
 
     def to_networkx(self, whole: bool = False):
         "A networkx DiGraph of the circuit's edges, or of all, with scores."
-        import networkx as nx
-        body = self.to_dict()
-        body['edges'] = [e for e in body['edges'] if whole or e['kept']]
-        used = {n for e in body['edges'] for n in (e['source'], e['target'])}
-        body['nodes'] = [n for n in body['nodes'] if whole or n['id'] in used]
-        return nx.node_link_graph(body, edges='edges')
+        return digraph(self.to_dict(), whole)
 
     # -- pictures ------------------------------------------------------------------------
     def inspect(self, **options) -> CircuitInspector:
@@ -280,28 +262,9 @@ class Circuit:
 
     def plot(self, n: int = 20):
         "A matplotlib figure: the strongest nodes, and the faithfulness at each size that was measured."
-        from matplotlib import pyplot as plt
-        fig, (left, right) = plt.subplots(1, 2, figsize=(9, .22*n + 1), layout='constrained')
-        names, values = zip(*self.top_nodes(n)[::-1])
-        left.barh(names, values, color=['C3' if v > 0 else 'C0' for v in values])
-        left.set(xlabel=f'{self.metric} lost without it', title=f'{self.model}, {self.method}')
-        left.tick_params('y', labelsize=7)
-        if self.curve: right.plot(*zip(*self.curve), 'o-', color='0.3')
-        right.axvline(len(self)/self.keep.numel(), color='C3', linewidth=1)
-        right.set(xscale='log', xlabel='share of the edges', ylabel='faithfulness', title=f'{len(self):,} edges kept')
-        plt.close(fig)                                                     # shown once, by whoever displays it
-        return fig
+        return figure(self, n)
 
-    def __repr__(self):
-        n, all_ = len(self), self.keep.numel()
-        what = 'edges by position' if self.by_position else 'edges'
-        head = [f'{self.model}: circuit of {n:,} of {all_:,} {what} ({n/all_:.1%}) by {self.method}', self.asked]
-        head += [f'{self.metric} {self.clean:.3f} clean, {self.corrupt:.3f} with everything exchanged']
-        if self.curve: head += ['faithfulness ' + ', '.join(f'{f:.2f} at {s:.1%}' for s, f in self.curve if s < 1)]
-        if self.note: head += [self.note]
-        heads = ', '.join(f'{name} {v:+.2f}' for name, v in self.top_nodes(5, 'head'))
-        layers = ', '.join(f'{i} {v:+.2f}' for i, v in self.top_layers(3))
-        return '\n'.join([*head, f'layers {layers}', f'heads {heads}'])
+    def __repr__(self): return told(self)
 
     @property
     def asked(self) -> str:

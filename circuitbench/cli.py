@@ -16,6 +16,7 @@ import transformers
 
 from .course import write_course
 from .jobs import run_config
+from .lined import lined
 from .load import load_model
 from .prompt_report import prompt_report
 from .sae import SAE
@@ -31,10 +32,8 @@ def models() -> str:
                 *(f'{m.figures[k]:.0%}' for k in _TASKS)) for m in shipped_models()]
     mock = [(f'mock://{f}-tiny', a.model_types[0], 'random', *'-'*(1 + len(_TASKS))) for f, a in families().items()]
     rows = [('name', 'type', 'size', 'bits/byte', *(k.replace('_', ' ') for k in _TASKS)), *shipped, *mock]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    return '\n'.join([*lines, 'or a folder in the transformers layout, or a Hugging Face id, of type '
-                      + ', '.join(sorted(t for a in families().values() for t in a.model_types))])
+    types = ', '.join(sorted(t for a in families().values() for t in a.model_types))
+    return f'{lined(rows)}\nor a folder in the transformers layout, or a Hugging Face id, of type {types}'
 
 _TASKS = ('facts', 'indirect_object', 'induction')
 

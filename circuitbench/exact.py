@@ -19,9 +19,9 @@ from .exchange import exchanged, instead, settled, stand_ins
 from .graph import Graph, Node, graph_of
 from .hook import HookedModel
 from .pairs import Metric, Pairs, answers_only, ends, metric_of
-from .patching import above
 from .plan import Plan
 from .subgraph import Start, run_plan, start_of
+from .upper import above
 
 # %% ../nbs/65_exact.ipynb #exact
 @torch.no_grad()

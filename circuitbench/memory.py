@@ -18,8 +18,8 @@ from .chart import heatmap, lines
 from .draw import READOUT, Scale, columns, details, esc, num, numbers, wrap
 from .edit import Edit
 from .hook import HookedModel
-from .patching import above, base_run
 from .record import Delta, Mamba
+from .upper import above, base_run
 from .view import save_page
 
 # %% ../nbs/54_memory.ipynb #how-long

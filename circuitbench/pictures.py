@@ -15,8 +15,8 @@ from torch import Tensor
 from .edit import Edit
 from .hook import HookedModel
 from .memory import horizon, log_decay, unembed
-from .patching import Base, above
 from .record import Delta, Mamba
+from .upper import Base, above
 
 # %% ../nbs/56_pictures.ipynb #pool
 POOLS: dict[str, tuple] = {'mean': (Tensor.mean,), 'largest': (Tensor.amax, Tensor.amin)}

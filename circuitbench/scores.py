@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .hook import HookedModel
 from .judge import Interval, bootstrap
+from .lined import lined
 
 # %% ../nbs/75_scores.ipynb #scores
 def prompt_rows(model: HookedModel, prompts) -> list[Tensor]:
@@ -264,8 +265,7 @@ class Outcome:
 def outcome_table(outcomes: Iterable[Outcome], more: Iterable[Sequence[str]] = (), head: str = '') -> str:
     "Outcomes as aligned text, then rows of one's own: name, score, success, KL, ratio."
     rows = [(head, 'score', 'success', 'KL, nats a token', 'perplexity ratio'), *map(_line, outcomes), *more]
-    width = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in rows)
+    return lined(rows)
 
 def _line(o: Outcome) -> list[str]:
     success = '' if o.success is None else f'{o.success.value:.0%}'

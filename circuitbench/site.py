@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['MODEL_SITES', 'BLOCK_SITES', 'PER_STEP', 'HEAVY', 'ALIASES', 'MODEL_POINTS', 'SCAN_SITES', 'DELTA_SITES',
-           'SIGNATURES', 'Site', 'SiteTable', 'spans', 'SiteError', 'short', 'canonical', 'resolve', 'Point',
-           'block_points', 'attn_sizes', 'mamba1_sizes', 'mamba2_sizes', 'delta_sizes', 'gated_delta_sizes', 'Adapter',
-           'has_module', 'register', 'families', 'adapter_for', 'check_transformers', 'family_table']
+           'SIGNATURES', 'Site', 'SiteTable', 'SiteError', 'short', 'canonical', 'resolve', 'Point', 'block_points',
+           'attn_sizes', 'mamba1_sizes', 'mamba2_sizes', 'delta_sizes', 'gated_delta_sizes', 'Adapter', 'has_module',
+           'register', 'families', 'adapter_for', 'check_transformers', 'family_table']
 
 # %% ../nbs/08_site.ipynb #4a5c6023
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import reduce
 from importlib import import_module
 from inspect import signature
 from types import MappingProxyType, ModuleType
 
+from .lined import lined, spans
 from .seam import home
 
 # %% ../nbs/08_site.ipynb #Site
@@ -87,18 +89,8 @@ class SiteTable:
     note: str = ''
 
     def __repr__(self):
-        rows = [('site', 'blocks', 'axes', 'meaning'), *self.rows]
-        widths = [max(len(r[i]) for r in rows) for i in range(3)]
-        lines = ['  '.join([*(c.ljust(w) for c, w in zip(r, widths)), r[3]]) for r in rows]
-        return '\n'.join([*lines, self.note] if self.note else lines)
-
-def spans(numbers: Iterable[int]) -> str:
-    "Block numbers as spans: [0, 1, 2, 5] is '0-2, 5'."
-    out = []
-    for n in numbers:
-        if out and n == out[-1][1] + 1: out[-1][1] = n
-        else: out.append([n, n])
-    return ', '.join(f'{a}-{b}' if b > a else f'{a}' for a, b in out)
+        text = lined([('site', 'blocks', 'axes', 'meaning'), *self.rows])
+        return f'{text}\n{self.note}' if self.note else text
 
 # %% ../nbs/08_site.ipynb #SiteError
 ALIASES = MappingProxyType({
@@ -284,10 +276,7 @@ class Adapter:
 
 def has_module(block, path: str) -> bool:
     "Is there a submodule of that path?"
-    for part in path.split('.'):
-        block = getattr(block, part, None)
-        if block is None: return False
-    return True
+    return reduce(lambda part, name: getattr(part, name, None), path.split('.'), block) is not None
 
 _REGISTRY: dict[str, Adapter] = {}
 

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from .coder import SAME_TOKENS, SAEConfig
 from .edit import Edit
-from .evaluate import core_metrics, lined
+from .evaluate import core_metrics
 from .file import read_record, write_record
 from .hook import HookedModel
+from .lined import lined
 from .matrices import atoms_of, matrices, matrix_site, own_site, state_fit, strongest
 from .sae import SAE
 from .site import short

@@ -19,9 +19,9 @@ from .exchange import check_positions, exchanged, instead, settled, stand_ins
 from .graph import Graph, graph_of, heads_at, shares
 from .hook import HookedModel
 from .pairs import Pairs, answers_only
-from .patching import above
 from .plan import Plan
 from .site import PER_STEP, short
+from .upper import above
 
 # %% ../nbs/64_subgraph.ipynb #run
 class _Run:

@@ -21,7 +21,8 @@ NBS, PAGES, EXTRA, HTML = ROOT/'nbs', *(ROOT/'_docs'/x for x in ('pages', 'extra
 REPO = 'circuitbench/circuitbench'
 GIT = f'https://github.com/{REPO}/blob/main'
 # Names of notebooks that in prose mostly mean something else: a site, an argument, a model, another package.
-WORDS = set('delta exact gguf measure persistence plan planted report scan scores site state step sweep course'.split())
+WORDS = set('course delta exact gguf held measure persistence plan planted report scan scores site state step '
+            'sweep'.split())
 
 
 def notebooks() -> dict[str, Path]:

@@ -82,6 +82,7 @@ def chromium():
 def watched_page(browser, **options):
     "A page and what was seen of it; options are those of a browser context, such as `color_scheme='dark'`."
     context, seen = browser.new_context(**options), Seen()
+    context.set_default_timeout(90_000)                        # a machine may be busy
     page = context.new_page()
     page.on('console', lambda m: m.type == 'error' and seen.errors.append(m.text))
     page.on('pageerror', lambda e: seen.errors.append(str(e)))
@@ -156,7 +157,7 @@ def notebook_page(browser, lab, cells, name='inspect.ipynb', **options):
         page.locator('.jp-Notebook .jp-CodeCell .cm-content').first.click()
         for _ in cells: page.keyboard.press('Shift+Enter')
         last = page.locator('.jp-CodeCell .jp-InputPrompt').nth(len(cells) - 1)
-        page.wait_for_function('e => /\\d/.test(e.textContent)', arg=last.element_handle(), timeout=45_000)
+        page.wait_for_function('e => /\\d/.test(e.textContent)', arg=last.element_handle(), timeout=120_000)
         yield page, seen
 
 

@@ -272,27 +272,24 @@ def test_two_circuits_are_compared(browser, compared):
         assert seen.errors == []
 
 
-# From a move of the slider to the picture after it, and the drawing alone, in milliseconds: the median of some moves.
-MOVES = """async sizes => { const e = document.querySelector('.count'), box = document.querySelector('.board'), all = [], own = []
-  for (const n of sizes) { const t = performance.now(), was = box.dataset.frames; e.value = n; e.dispatchEvent(new Event('input'))
-    while (box.dataset.frames == was) await new Promise(requestAnimationFrame)
-    await new Promise(f => { const c = new MessageChannel(); c.port1.onmessage = f; c.port2.postMessage(0) })
-    all.push(performance.now() - t); own.push(+box.dataset.ms) }
-  const mid = v => v.sort((a, b) => a - b)[v.length >> 1]
-  return [mid(all), mid(own)] }"""
+# Moves of the slider, the next one after the picture of the one before: pictures drawn, elements before and after.
+MOVES = """async sizes => { const e = document.querySelector('.count'), box = document.querySelector('.board'), first = +box.dataset.frames, before = box.querySelectorAll('*').length
+  for (const n of sizes) { const was = box.dataset.frames; e.value = n; e.dispatchEvent(new Event('input'))
+    while (box.dataset.frames == was) await new Promise(requestAnimationFrame) }
+  return [+box.dataset.frames - first, before, box.querySelectorAll('*').length] }"""
 
 
-def test_a_move_at_two_thousand_edges_is_quick(browser, tmp_path):
+def test_a_move_at_two_thousand_edges_is_one_drawing(browser, tmp_path):
     big = circuit(blocks=8, heads=7, lags=True, kept=100)
     assert len(big['edges']) > 8000
     path = CircuitInspector(big).to_html(tmp_path/'big.html')
     assert path.stat().st_size < 250_000
     with watched_page(browser, viewport={'width': 1300, 'height': 900}) as (page, seen):
         opened(page, path.as_uri())
-        assert page.evaluate("performance.now()") < 3000
-        moved, own = page.evaluate(MOVES, [3300 + 25*k for k in range(12)])
-        print(f'{moved:.0f} ms from the move to the picture, {own:.0f} ms of drawing, {drawn(page)} edges')
-        assert 1500 < drawn(page) < 2300 and own < 100 and moved < 150 and seen.errors == []       # a busy machine
+        settled(page, lambda: page.locator('.count').fill('3300'))
+        frames, before, after = page.evaluate(MOVES, [3300 + 25*k for k in range(1, 12)])
+        assert 1500 < drawn(page) < 2300 and frames == 11 and seen.errors == []
+        assert after - before < 100 and after < 2500                 # edges are strokes, not elements
 
 
 def test_what_is_no_circuit_is_refused():
@@ -563,7 +560,7 @@ def test_a_close_look_at_a_part_of_a_site(browser, tmp_path):
         for name in names:
             node(page, name).click()
             page.locator('.side h3', has_text=name).wait_for()
-            said.append(page.locator('.told .tk span').evaluate_all("a => a.map(e => +e.dataset.t.split(' = ').pop().replace('−', '-'))"))
+            said.append(page.locator('.told .tk span').evaluate_all("a => a.map(e => +e.title.split(' = ').pop().replace('−', '-'))"))
             assert len(said[-1]) == 9 and sum(said[-1]) == pytest.approx(float(found.nodes[found.graph.index[name]]), rel=.02, abs=2e-4)
         assert len({tuple(v) for v in said}) == len(names) and seen.errors == []
 

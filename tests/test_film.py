@@ -10,9 +10,10 @@ from circuitbench.edit import apply
 from circuitbench.film import StateFilm, StateInspector, film_states, film_view
 from circuitbench.load import load_model
 from circuitbench.memory import horizon, state_lens, unembed
-from circuitbench.patching import base_run, patch_states
+from circuitbench.patching import patch_states
 from circuitbench.pictures import pool, read_alone
 from circuitbench.site import families
+from circuitbench.upper import base_run
 
 PROMPT = list(range(5, 25))
 FAMILIES = [f for f in sorted(families()) if f not in ('llama', 'lfm2', 'titans')]  # without a recurrence, or with one that is not linear

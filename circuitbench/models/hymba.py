@@ -7,7 +7,6 @@ __all__ = ['ADAPTER', 'joined', 'HymbaMixer', 'HymbaMLP', 'HymbaMoE', 'HymbaDeco
            'HymbaForCausalLM', 'small', 'sizes', 'block_sizes', 'points']
 
 # %% ../../nbs/15_hymba.ipynb #hymba-imports
-import math
 from types import MappingProxyType
 
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from ..held import Held, draw
 from ..hymba_rows import (
     PUBLISHED, HymbaCache, HymbaConfig, HymbaRMSNorm, Rows, attention, attention_weights, call_rows, causal_conv1d_fn,
     causal_conv1d_update, mamba_selective_scan, mamba_selective_state_update, per_query_head, rotated, wide)
@@ -31,16 +31,6 @@ def joined(
 ) -> Tensor:
     "What the mixer adds, (batch, row, d_model): one projection of the sum of both branches."
     return out_proj(attn + ssm)
-
-class _Held(nn.Module):
-    "Parameters that are handed out rather than applied."
-    def __init__(self, kind: str, **shapes: tuple[int, ...] | None):
-        super().__init__()
-        self.kind = kind
-        for name, shape in shapes.items():
-            self.register_parameter(name, None if shape is None else nn.Parameter(torch.zeros(shape)))
-
-    def forward(self) -> list[Tensor | None]: return list(self._parameters.values())
 
 class HymbaMixer(nn.Module):
     "Attention and a Mamba-1 on the same input, each normed, averaged, projected."
@@ -57,10 +47,10 @@ class HymbaMixer(nn.Module):
         self.in_proj = nn.Linear(c.hidden_size, sum(self.split), bias=c.mamba_proj_bias)
         self.out_proj = nn.Linear(inner, c.hidden_size, bias=c.mamba_proj_bias)
         bias = (inner,) if c.mamba_conv_bias else None
-        self.conv1d = _Held('conv', weight=(inner, 1, c.mamba_d_conv), bias=bias)
+        self.conv1d = Held('conv', weight=(inner, 1, c.mamba_d_conv), bias=bias)
         self.x_proj = nn.ModuleList([nn.Linear(inner, sum(self.ssm_split), bias=False)])
-        self.dt_proj = nn.ModuleList([_Held('dt', weight=(inner, c.mamba_dt_rank), bias=(inner,))])
-        self.A_log, self.D = _Held('A', **{'0': (inner, c.mamba_d_state)}), _Held('D', **{'0': (inner,)})
+        self.dt_proj = nn.ModuleList([Held('dt', weight=(inner, c.mamba_dt_rank), bias=(inner,))])
+        self.A_log, self.D = Held('A', **{'0': (inner, c.mamba_d_state)}), Held('D', **{'0': (inner,)})
         self.dt_layernorm, self.B_layernorm, self.C_layernorm = (inner_norm(n) for n in self.ssm_split)
         self.pre_avg_layernorm1, self.pre_avg_layernorm2 = norm(inner), norm(inner)
         for name in ('q', *(('k', 'v') if self.owns else ()), 'z', 'attn_branch', 'ssm_branch'):
@@ -180,19 +170,8 @@ class HymbaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if hasattr(module, 'memory_tokens'): init.normal_(module.memory_tokens, std=std)
-        if not isinstance(module, _Held): return
-        p, *bias = module()
-        if module.kind == 'conv':
-            init.normal_(p, std=p.shape[-1]**-.5)
-            if bias[0] is not None: init.zeros_(bias[0])
-        elif module.kind == 'dt':
-            init.normal_(p, std=p.shape[1]**-.5)
-            dt = torch.exp(math.log(.001) + math.log(100.)*torch.rand(bias[0].shape))         # steps of .001 to .1
-            init.copy_(bias[0], dt + torch.log(-torch.expm1(-dt)))                            # softplus backwards
-        elif module.kind == 'A': init.copy_(p, torch.arange(1., p.shape[1] + 1).log().expand_as(p))
-        else: init.ones_(p)
+        if hasattr(module, 'memory_tokens'): init.normal_(module.memory_tokens, std=self.config.initializer_range)
+        if isinstance(module, Held): draw(module)
 
 class HymbaModel(HymbaPreTrainedModel):
     "The layers between embedding and head; its rows are those of the text, meta tokens taken off."

@@ -14,13 +14,13 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel, initialization)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, initialization
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..causal_lm import CausalLM, begun
 from ..delta import delta
 from ..rule import tapped_delta
 from ..seam import CACHE
@@ -280,14 +280,8 @@ class Rwkv7Model(Rwkv7PreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         "The residual stream after the last norm, the cache, and the stream before each block if asked for."
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError('got both or neither of input_ids and inputs_embeds, expected one of them')
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x, cache = begun(self, input_ids, inputs_embeds, use_cache, cache, **kwargs)
         mask = _keep(attention_mask, x)
-        given = cache, kwargs.get('past_key_values'), kwargs.get('cache_params')
-        cache = next((c for c in given if c is not None), None)
-        if use_cache is None: use_cache = self.config.use_cache and not self.training
-        if use_cache and cache is None: cache = DynamicCache(config=self.config)
         x, v_first, seen = self.layers[0].pre_norm(x), None, []
         for block in self.layers:
             seen.append(x)
@@ -305,45 +299,10 @@ def _keep(mask: Tensor | None, x: Tensor) -> Tensor | None:
     mask = mask[:, -x.shape[1]:].to(x.device, torch.bool)
     return None if mask.all() else mask
 
-class Rwkv7ForCausalLM(Rwkv7PreTrainedModel, GenerationMixin):
+class Rwkv7ForCausalLM(CausalLM, Rwkv7PreTrainedModel):
     "RWKV-7 with its head, for logits and generation."
     _tied_weights_keys = {'lm_head.weight': 'model.embeddings.weight'}
-
-    def __init__(self, config: Rwkv7Config):
-        super().__init__(config)
-        self.model = Rwkv7Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        "The mask as it is; some versions of transformers would make one of attention's."
-        return attention_mask
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,  # (batch, pos)
-        attention_mask: Tensor | None = None,  # (batch, pos or more), 0 on padding, on whichever side
-        inputs_embeds: Tensor | None = None,  # (batch, pos, d_model), instead of ids
-        cache=None,  # what was read before
-        labels: Tensor | None = None,  # (batch, pos), shifted inside; -100 is left out
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | Tensor = 0,  # the last so many positions, or these; 0 is all
-        past_key_values=None,  # `cache`, as it was called before
-        cache_params=None,  # the same
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        "Logits (batch, pos, vocab), the loss if there are labels, and the cache."
-        cache = past_key_values if cache is None else cache
-        out = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states,
-                         cache_params=cache_params, return_dict=True)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None: loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
+    model_class = Rwkv7Model
 
 AutoConfig.register('rwkv7', Rwkv7Config, exist_ok=True)
 AutoModelForCausalLM.register(Rwkv7Config, Rwkv7ForCausalLM, exist_ok=True)

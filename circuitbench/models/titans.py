@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel, initialization)
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, initialization
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..causal_lm import CausalLM, begun
 from ..seam import CACHE, tapped_attention
 from ..site import HEAVY, Adapter, Point, block_points, register
 from ..titans_memory import Memory, chunk_starts, recall, tapped_memory
@@ -215,13 +215,7 @@ class TitansModel(TitansPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         "The residual stream after the last norm, the cache, and the stream before each block if asked for."
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError('got both or neither of input_ids and inputs_embeds, expected one of them')
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        given = cache, kwargs.get('past_key_values'), kwargs.get('cache_params')
-        cache = next((c for c in given if c is not None), None)
-        if use_cache is None: use_cache = self.config.use_cache and not self.training
-        if use_cache and cache is None: cache = DynamicCache(config=self.config)
+        x, cache = begun(self, input_ids, inputs_embeds, use_cache, cache, **kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         rows, seen = call_rows(self.config, attention_mask, x, past), []
         if cache is not None and past and attention_mask is None and getattr(cache, 'padded', False):
@@ -235,44 +229,10 @@ class TitansModel(TitansPreTrainedModel):
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(x, hidden_states=(*seen, x) if asked else None, **{CACHE: cache})
 
-class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+class TitansForCausalLM(CausalLM, TitansPreTrainedModel):
     "Titans with its head, for logits and generation."
     _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
-
-    def __init__(self, config: TitansConfig):
-        super().__init__(config)
-        self.model = TitansModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        "The mask as it is; some versions of transformers would make one of attention's."
-        return attention_mask
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,  # (batch, pos)
-        attention_mask: Tensor | None = None,  # (batch, cached and pos), 0 on padding, on whichever side
-        inputs_embeds: Tensor | None = None,  # (batch, pos, d_model), instead of ids
-        cache=None,  # what was read before
-        labels: Tensor | None = None,  # (batch, pos), shifted inside; -100 is left out
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | Tensor = 0,  # the last so many positions, or these; 0 is all
-        past_key_values=None,  # `cache`, as it was called before
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        "Logits (batch, pos, vocab), the loss if there are labels, and the cache."
-        cache = past_key_values if cache is None else cache
-        out = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states,
-                         cache_params=kwargs.pop('cache_params', None), return_dict=True)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None: loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)})
+    model_class = TitansModel
 
 AutoConfig.register('titans', TitansConfig, exist_ok=True)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM, exist_ok=True)
