@@ -16,8 +16,10 @@ from circuitbench import extract_circuit, load_model
 from circuitbench.board import CircuitInspector
 from circuitbench.graph import model_graph
 
-MOVES = """async sizes => { const e = document.querySelector('.count'), box = document.querySelector('.board'), all = [], own = []
-  for (const n of sizes) { const t = performance.now(), was = box.dataset.frames; e.value = n; e.dispatchEvent(new Event('input'))
+MOVES = """async sizes => {
+  const e = document.querySelector('.count'), box = document.querySelector('.board'), all = [], own = []
+  for (const n of sizes) { const t = performance.now(), was = box.dataset.frames
+    e.value = n; e.dispatchEvent(new Event('input'))
     while (box.dataset.frames == was) await new Promise(requestAnimationFrame)
     await new Promise(f => { const c = new MessageChannel(); c.port1.onmessage = f; c.port2.postMessage(0) })
     all.push(performance.now() - t); own.push(+box.dataset.ms) }

@@ -37,24 +37,31 @@ def gradient_factors(
     k: Tensor,  # (batch, head, pos, d_state)
     v: Tensor,  # (batch, head, pos, d_head)
     deep: bool,
+    clip: float | None = None,  # the largest norm of a token's gradient in a head; None: any
 ) -> list[tuple[Tensor, Tensor]]:
     "The loss's gradient of each token, for each half of the rows as two factors (batch, head, pos, ...)."
-    if not deep: return [(2*(k @ W.mT - v), k)]
-    keys, values = W.chunk(2, 2)
-    z = k @ keys.mT
-    gate = torch.sigmoid(z)
-    h = z*gate
-    e = 2*(k + h @ values - v)
-    return [((e @ values.mT)*(gate + h*(1 - gate)), k), (h, e)]
+    if deep:
+        keys, values = W.chunk(2, 2)
+        z = k @ keys.mT
+        gate = torch.sigmoid(z)
+        h = z*gate
+        e = 2*(k + h @ values - v)
+        factors = [((e @ values.mT)*(gate + h*(1 - gate)), k), (h, e)]
+    else: factors = [(2*(k @ W.mT - v), k)]
+    if clip is None: return factors
+    squares = sum((a.square().sum(-1)*b.square().sum(-1) for a, b in factors), torch.zeros_like(k[..., 0]))
+    shorter = (clip*squares.clamp(min=1e-24).rsqrt()).clamp(max=1.)[..., None]
+    return [(shorter*a, b) for a, b in factors]
 
 def surprise(
     W: Tensor,  # (batch, head, row, d_state)
     k: Tensor,  # (batch, head, d_state)
     v: Tensor,  # (batch, head, d_head)
     deep: bool,
+    clip: float | None = None,
 ) -> Tensor:
     "The loss's gradient in the weights at one token: (batch, head, row, d_state)."
-    return torch.cat([a.mT @ b for a, b in gradient_factors(W, k[:, :, None], v[:, :, None], deep)], 2)
+    return torch.cat([a.mT @ b for a, b in gradient_factors(W, k[:, :, None], v[:, :, None], deep, clip)], 2)
 
 # %% ../nbs/10_titans_memory.ipynb #tm-loop
 def chunk_starts(
@@ -78,6 +85,7 @@ def titans_loop(
     begins: Tensor,  # (batch, pos), True where a chunk begins
     real: Tensor | None = None,  # (batch, pos), False on padding
     states: bool = False,  # the second result has the weights after every step
+    clip: float | None = None,  # the largest norm of a surprise
 ) -> tuple[Tensor, Memory | Tensor]:
     "Step-by-step memory: y (batch, pos, head, d_head) and the memory after the last step."
     v, k, q, decay, theta, eta, W, S, A = _promote(v, k, q, decay, theta, eta, *memory)
@@ -85,7 +93,7 @@ def titans_loop(
     for t in range(v.shape[1]):
         A = torch.where(begins[:, t, None, None, None], W, A)
         here = lambda x, t=t: x[:, t, :, None, None]
-        moved = here(eta)*S - here(theta)*surprise(A, k[:, t], v[:, t], deep)
+        moved = here(eta)*S - here(theta)*surprise(A, k[:, t], v[:, t], deep, clip)
         left = here(decay)*W + moved
         keep = None if real is None else real[:, t, None, None, None]
         S, W = (moved, left) if real is None else (torch.where(keep, moved, S), torch.where(keep, left, W))
@@ -111,6 +119,7 @@ def titans_scan(
     real: Tensor | None = None,  # (batch, pos), False on padding
     stops: Sequence[int] = (),  # steps at which `tap` sees and may change something
     tap: Callable[[str, Tensor, int], Tensor] | None = None,  # (name, value, step) -> value
+    clip: float | None = None,  # the largest norm of a surprise
 ) -> tuple[Tensor, Memory]:
     """The y and the last memory of `titans_loop`, a piece of a chunk at once.
 
@@ -127,14 +136,14 @@ def titans_scan(
             if bool(begins[:, lo].all()): A = W
             elif lo in new: A = torch.where(begins[:, lo, None, None, None], W, A)
             live, piece = None if real is None else real[:, lo:hi], [x[:, :, lo:hi] for x in part]
-            if lo in stops: y, W, S = _step(*piece, W, S, A, deep, live, tap, lo)
-            else: y, W, S = _piece(*piece, W, S, A, deep, live)
+            if lo in stops: y, W, S = _step(*piece, W, S, A, deep, clip, live, tap, lo)
+            else: y, W, S = _piece(*piece, W, S, A, deep, clip, live)
             ys.append(y)
         return torch.cat(ys, 2).transpose(1, 2), Memory(W, S, A)
 
-def _step(v, k, q, decay, theta, eta, W, S, A, deep, real, tap, t):
+def _step(v, k, q, decay, theta, eta, W, S, A, deep, clip, real, tap, t):
     "One step, its parts shown."
-    G = tap('surprise', surprise(A, k[:, :, 0], v[:, :, 0], deep), t)
+    G = tap('surprise', surprise(A, k[:, :, 0], v[:, :, 0], deep, clip), t)
     moved = tap('momentum', eta[..., None]*S - theta[..., None]*G, t)
     left = decay[..., None]*W
     if real is not None:
@@ -150,7 +159,7 @@ def _products(x: Tensor) -> Tensor:
     lower = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
     return torch.where(lower.tril(-1), x[..., None], 1.).cumprod(-2).where(lower, 0.)
 
-def _piece(v, k, q, decay, theta, eta, W, S, A, deep, real):
+def _piece(v, k, q, decay, theta, eta, W, S, A, deep, clip, real):
     "Some steps with one anchor: what is read, the weights and the momentum after them."
     if real is not None:
         keep = real[:, None]
@@ -159,7 +168,7 @@ def _piece(v, k, q, decay, theta, eta, W, S, A, deep, real):
     d, e = D[..., 0]*decay[..., :1], E[..., 0]*eta[..., :1]
     adds = D if real is None else D*keep[..., None, :]
     s, c = (adds @ e[..., None])[..., 0], (adds @ E)*theta[..., None, :]
-    factors = gradient_factors(A, k, v, deep)
+    factors = gradient_factors(A, k, v, deep, clip)
     def _read(x, W0, S0, a, b):
         return d[..., None]*(x @ W0) + s[..., None]*(x @ S0) - (c*(x @ b.mT)) @ a
     if deep:
@@ -187,10 +196,11 @@ def tapped_memory(
     real: Tensor | None = None,  # (batch, pos)
     first: int = 0,
     total: int | None = None,  # None: there is one part
+    clip: float | None = None,  # the largest norm of a surprise
 ) -> tuple[Tensor, Memory]:
     "The scan with its sites `ssm.x B C decay dt eta surprise momentum write state y` open."
     args = memory, deep, begins, real
-    if tap is None: return titans_scan(v, k, q, decay, theta, eta, *args)
+    if tap is None: return titans_scan(v, k, q, decay, theta, eta, *args, clip=clip)
     total, n = v.shape[1] if total is None else total, v.shape[1]
     sites = dict(x=v, B=k, C=q, decay=decay, dt=theta, eta=eta)
     v, k, q, decay, theta, eta = (tap.part(f'ssm.{s}', x, first, total) for s, x in sites.items())
@@ -198,5 +208,5 @@ def tapped_memory(
     steps = {*edited, *(t for s in STEPS for t in tap.reads(f'ssm.{s}', total, edited))}
     stops = [t - first for t in steps if first <= t < first + n]
     y, memory = titans_scan(v, k, q, decay, theta, eta, *args, stops,
-                            lambda name, x, t: tap.at(f'ssm.{name}', x, t + first))
+                            lambda name, x, t: tap.at(f'ssm.{name}', x, t + first), clip)
     return tap.part('ssm.y', y, first, total), memory

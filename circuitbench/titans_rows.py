@@ -37,6 +37,8 @@ class TitansConfig(PretrainedConfig):
     "Width of the convolution over queries, keys and values of the memory."
     max_step: float = .15
     "The largest theta; the longer a chunk, the smaller."
+    max_surprise: float | None = None
+    "The norm to which a token's gradient in a head's memory is cut; None: as the paper has it, not at all."
     intermediate_size: int | None = None
     "None: twice hidden_size."
     rope_theta: float = 10000.
@@ -79,7 +81,8 @@ def _refuse(c: TitansConfig):
         'num_attention_heads': (c.hidden_size % (2*c.num_attention_heads) == 0,
                                 f'heads of an even size: a divisor of hidden_size {c.hidden_size} over 2'),
         'memory_heads': (c.hidden_size % c.memory_heads == 0, f'a divisor of hidden_size {c.hidden_size}'),
-        'num_persistent': (c.num_persistent >= 0, '0 or more')}
+        'num_persistent': (c.num_persistent >= 0, '0 or more'),
+        'max_surprise': (c.max_surprise is None or c.max_surprise > 0, 'a positive number or None')}
     rules |= {name: (getattr(c, name) >= 1, '1 or more')
               for name in ('window', 'memory_chunk', 'memory_expand', 'memory_conv')}
     for name, (ok, want) in rules.items():

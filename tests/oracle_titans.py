@@ -25,7 +25,7 @@ def gradient(W, k, v, deep):
     return out
 
 
-def memory(v, k, q, decay, theta, eta, W, deep, chunk, S=None):
+def memory(v, k, q, decay, theta, eta, W, deep, chunk, S=None, clip=None):
     """Every site of one row of a batch: v, k, q (pos, head, size), gates (pos, head), W (head, row, d_state).
 
     A dictionary of surprise, momentum, state (pos, head, row, d_state) and y (pos, head, d_head).
@@ -35,6 +35,7 @@ def memory(v, k, q, decay, theta, eta, W, deep, chunk, S=None):
     for t in range(len(v)):
         if t % chunk == 0: anchor = W.copy()
         G = np.stack([gradient(anchor[h], k[t, h], v[t, h], deep) for h in range(len(W))])
+        if clip is not None: G = G*np.array([min(1., clip/np.linalg.norm(g)) for g in G])[:, None, None]
         S = eta[t, :, None, None]*S - theta[t, :, None, None]*G
         W = decay[t, :, None, None]*W + S
         read = np.stack([recall(W[h], q[t, h], deep) for h in range(len(W))])
@@ -70,7 +71,8 @@ def fits(model, i, sites, close):
     W = mixer.memory.detach().double().numpy()
     for b in range(len(sites['ssm.x'])):
         s = {n: v[b] for n, v in sites.items()}
-        want = memory(*(s[f'ssm.{n}'] for n in 'x B C decay dt eta'.split()), W, c.memory_depth == 2, c.memory_chunk)
+        want = memory(*(s[f'ssm.{n}'] for n in 'x B C decay dt eta'.split()), W, c.memory_depth == 2, c.memory_chunk,
+                      clip=c.max_surprise)
         for name, x in want.items(): close(s[f'ssm.{name}'], x, name)
         close(s['ssm.write'], s['ssm.momentum'], 'the momentum is written')
         close(s['attn.z'], attention(mixer, s, W, c), 'z = pattern v')

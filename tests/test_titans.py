@@ -32,13 +32,15 @@ def tokens(length, batch=1, seed=0): return torch.randint(1, 61, (batch, length)
 def opened(form='mag', **changes): return HookedModel(random_model('titans', dict(form=form) | changes))
 
 
+@pytest.mark.parametrize('clip', [None, 3.])
 @pytest.mark.parametrize('deep, chunk', KINDS)
-def test_loop_and_scan_equal_numpy(deep, chunk):
+def test_loop_and_scan_equal_numpy(deep, chunk, clip):
     *x, memory = inputs(deep)
     begins = starts(2, 13, chunk)
-    (y, states), (fast, end) = titans_loop(*x, memory, deep, begins, states=True), titans_scan(*x, memory, deep, begins)
+    (y, states), (fast, end) = titans_loop(*x, memory, deep, begins, states=True, clip=clip), titans_scan(*x, memory, deep, begins, clip=clip)
     for b in range(2):
-        want = oracle.memory(*(v[b].numpy() for v in x), memory.weights[b].numpy(), deep, chunk, memory.momentum[b].numpy())
+        want = oracle.memory(*(v[b].numpy() for v in x), memory.weights[b].numpy(), deep, chunk, memory.momentum[b].numpy(), clip)
+        if clip: assert 0 < (np.linalg.norm(want['surprise'], axis=(2, 3)) > clip - 1e-9).mean() < 1         # some are cut, some are not
         for got, name in ((y[b], 'y'), (states[b], 'state'), (fast[b], 'y')): np.testing.assert_allclose(got, want[name], atol=1e-12)
         for got, name in ((end.weights[b], 'state'), (end.momentum[b], 'momentum')): np.testing.assert_allclose(got, want[name][-1], atol=1e-12)
 
@@ -53,12 +55,13 @@ def test_the_surprise_is_the_gradient_of_the_loss(deep):
     np.testing.assert_allclose(surprise(W, k[:, 3], v[:, 3], deep)[1, 2].detach(), by_hand, atol=1e-12)
 
 
+@pytest.mark.parametrize('clip', [None, 3.])
 @pytest.mark.parametrize('deep, chunk', KINDS)
-def test_the_scan_has_the_loops_gradient(deep, chunk):
+def test_the_scan_has_the_loops_gradient(deep, chunk, clip):
     *x, memory = inputs(deep)
     leaves = [v.requires_grad_() for v in (*x, memory.weights, memory.momentum)]
     weigh = torch.randn(2, 13, 3, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    grads = [torch.autograd.grad((f(*x, memory, deep, starts(2, 13, chunk))[0]*weigh).sum(), leaves) for f in (titans_loop, titans_scan)]
+    grads = [torch.autograd.grad((f(*x, memory, deep, starts(2, 13, chunk), clip=clip)[0]*weigh).sum(), leaves) for f in (titans_loop, titans_scan)]
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*grads))
 
 
@@ -120,6 +123,22 @@ def test_what_is_edited_at_a_step_is_gone_on_from(form, name):
     np.testing.assert_allclose(cache['blocks.0.ssm.state'][0, :upto], want[:upto], atol=3e-5)
     changed = np.abs(want - clean).max((1, 2, 3)) > 1e-4
     assert not changed[:5].any() and changed[5:8].all()
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_surprise_is_cut_where_the_model_says_so(form):
+    ids, sites = tokens(17), [f'blocks.0.ssm.{n}' for n in 'x B C decay dt eta surprise state y'.split()]
+    norms = opened(form).run_with_cache(ids, sites[6])[1][sites[6]].flatten(3).norm(dim=3)
+    clip = norms.median().item()
+    assert norms.max() > 1.2*clip
+    model = opened(form, max_surprise=clip)
+    _, cache = model.run_with_cache(ids, sites)
+    s, mixer, c = {n.split('.')[-1]: cache[n][0].double().numpy() for n in sites}, model.blocks[0].mixer, model.config
+    want = oracle.memory(*(s[n] for n in 'x B C decay dt eta'.split()), mixer.memory.double().numpy(), True, c.memory_chunk, clip=clip)
+    for name in ('surprise', 'state', 'y'): np.testing.assert_allclose(s[name], want[name], atol=3e-5, err_msg=name)
+    norms = np.linalg.norm(s['surprise'], axis=(2, 3))
+    assert norms.max() < 1.0001*clip and .05 < (norms < .999*clip).mean() < .95
+    with pytest.raises(ValueError, match='max_surprise=-1'): opened(form, max_surprise=-1.)
 
 
 def test_a_write_goes_once_and_momentum_goes_on():

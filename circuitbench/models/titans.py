@@ -148,7 +148,8 @@ class TitansMixer(nn.Module):
         q, k = (F.normalize(y, dim=-1) for y in (q, k))
         alpha, theta, eta = torch.sigmoid(self.gates(x).to(W.dtype)).chunk(3, -1)
         y, memory = remember(v, k, q, 1 - alpha, self.config.max_step*theta, eta, Memory(W, S, A), self.deep,
-                             chunk_starts(rank, self.config.memory_chunk, real), real, first, total)
+                             chunk_starts(rank, self.config.memory_chunk, real), real, first, total,
+                             self.config.max_surprise)
         return self.memory_norm(y.to(x.dtype)).flatten(2), (*memory, window, begun)
 
 class TitansMLP(nn.Module):
