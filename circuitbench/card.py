@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from .coder import Metrics
-from .folder import ARCHITECTURES, CARD
+from .folder import ARCHITECTURES, CARD, for_saelens
 
 # %% ../nbs/43_card.ipynb #card
 HUB_NAME = r'[\w.-]+/[\w.-]+'
@@ -104,8 +104,8 @@ def _section(cfgs: Mapping[str, dict], repo: str, models: list[str], figures: Se
     "What stands between the marks."
     table = [_COLUMNS, ['---']*len(_COLUMNS), *(_row(i, cfgs[i]) for i in sorted(cfgs))]
     of = ', '.join(f'`{m}`' for m in models) or 'a model that is not named'
-    foreign = [i for i in sorted(cfgs) if not _for_saelens(cfgs[i])]
-    both = [i for i in sorted(cfgs) if _for_saelens(cfgs[i])]
+    foreign = [i for i in sorted(cfgs) if not for_saelens(str(cfgs[i].get('architecture')))]
+    both = [i for i in sorted(cfgs) if i not in foreign]
     hub, first = re.fullmatch(HUB_NAME, repo), sorted(cfgs)[0]
     model = next(iter(_models(cfgs[first])), None)
     name = lambda i: repr(f'{repo}:{i}' if hub else f'{repo}/{i}'.removesuffix('/.'))
@@ -129,11 +129,6 @@ def _section(cfgs: Mapping[str, dict], repo: str, models: list[str], figures: Se
 _MEANING = ('L0: mean number of active latents a token. Variance explained: 1 - sum \\|x - y\\|^2 / sum \\|x - mean '
             'x\\|^2 over all tokens. Loss recovered: (zeroed - spliced) / (zeroed - clean), in nats a token; not given '
             'where zeroing costs less than 1%. Dead: share of latents that fire on none of the tokens measured on.')
-
-def _for_saelens(cfg: dict) -> bool:
-    "Has SAELens this architecture?"
-    return str(cfg.get('architecture')) in ARCHITECTURES and not str(cfg['architecture']).startswith(
-        ('topk_', 'gated_'))
 
 # %% ../nbs/43_card.ipynb #figures
 def frequency_figure(

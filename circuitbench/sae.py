@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation import ACTIVATIONS
 from .coder import Metrics, Place, SAEConfig
-from .folder import LAYOUT, Folder, architecture, hook_name, read_folder, site_name, write_folder
+from .folder import (
+    LAYOUT, Folder, architecture, for_saelens, hook_name, read_folder, site_name, write_folder)
 from .hook import HookedModel
 from .latent import LatentReport, SAEInspector, latent_report
 from .peers import lowest
@@ -58,13 +60,9 @@ class SAE(nn.Module):
             rows = unit(cfg.d_out)
             self.W_dec = nn.Parameter(rows)
             self.W_enc = nn.Parameter((unit(cfg.d_in) if cfg.writes else rows).T.contiguous())
-        zeros = lambda n: nn.Parameter(torch.zeros(n))
-        if cfg.activation == 'gated':
-            self.b_gate, self.b_mag, self.r_mag = (zeros(cfg.d_sae) for _ in range(3))
-        else: self.b_enc = zeros(cfg.d_sae)
-        if cfg.activation in ('jumprelu', 'batchtopk'): self.threshold = zeros(cfg.d_sae)
+        for name, value in cfg.act.weights.items(): setattr(self, name, nn.Parameter(torch.full((cfg.d_sae,), value)))
         if cfg.skip: self.W_skip = nn.Parameter(torch.zeros(cfg.d_out, cfg.d_in))
-        self.b_dec = zeros(cfg.d_out)
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_out))
         self.requires_grad_(False)
 
     def __getattr__(self, name):
@@ -89,9 +87,9 @@ class SAE(nn.Module):
         self,
         x: Tensor,  # (n, d_in)
     ) -> Tensor:
-        "What the activation function sees, (n, d_sae): p, without `b_enc` where the coder is gated."
+        "What the activation function sees, (n, d_sae): p, with `b_enc` where the coder has one."
         if not self.cfg.writes: x = x - self.b_dec
-        return x @ self.W_enc if self.cfg.activation == 'gated' else torch.addmm(self.b_enc, x, self.W_enc)
+        return torch.addmm(self.b_enc, x, self.W_enc) if self.cfg.act.bias == 'b_enc' else x @ self.W_enc
 
     def codes(
         self,
@@ -101,7 +99,7 @@ class SAE(nn.Module):
         x = self._scaled(self._flat(x))[0]
         parts = []
         for rows in x.reshape(-1, self.d_in).split(max(1, 2**24//self.d_sae)):     # 64 MiB of activations at a time
-            if self.cfg.activation == 'topk':
+            if self.cfg.act.chooses == 'token':
                 value, index = self.pre(rows).topk(self.k, sorted=False)
                 parts.append((value.relu(), index))
             else:
@@ -114,17 +112,14 @@ class SAE(nn.Module):
 
     def _active(self, p: Tensor) -> Tensor:
         "Activations of all latents of a coder that is not TopK."
-        kind = self.cfg.activation
-        if kind == 'relu': return p.relu()
-        if kind == 'gated': return (p + self.b_gate > 0)*(p*self.r_mag.exp() + self.b_mag).relu()
-        return p.relu()*(p > self.threshold)
+        return self.cfg.act.active(p, {n: getattr(self, n) for n in self.cfg.act.weights}, self.k)
 
     def encode(
         self,
         x: Tensor,  # (..., *cfg.shape) or (..., d_in)
     ) -> Tensor:
         "Activations (..., d_sae) of all latents."
-        if self.cfg.activation != 'topk':
+        if self.cfg.act.chooses != 'token':
             x = self._scaled(self._flat(x))[0]
             return self._active(self.pre(x.reshape(-1, self.d_in))).view(*x.shape[:-1], self.d_sae)
         value, index = self.codes(x)
@@ -200,9 +195,8 @@ class SAE(nn.Module):
         if not 0 <= latent < self.d_sae: raise ValueError(f'got latent {latent}, expected 0 to {self.d_sae - 1}')
         shaped = lambda v: self.split(v.detach())[0]
         frequency = None if self.frequency is None else float(self.frequency[latent])
-        bias = self.b_gate if self.cfg.activation == 'gated' else self.b_enc
         return Feature(latent, self.site, shaped(self.W_dec[latent]), shaped(self.W_enc[:, latent]),
-                       float(bias[latent]), frequency)
+                       float(getattr(self, self.cfg.act.bias)[latent]), frequency)
 
     def check(
         self,
@@ -248,16 +242,20 @@ class SAE(nn.Module):
 
         A transcoder can be shared so: SAELens has JumpReLU transcoders, and none that is TopK. ValueError for others.
         """
-        if self.cfg.activation != 'topk': raise ValueError(f'got a {self.cfg.activation} coder, expected a topk one')
+        if self.cfg.act.chooses != 'token': raise ValueError(f'got a {self.cfg.activation} coder, expected a topk one')
         rows = self._scaled(self._flat(x))[0].reshape(-1, self.d_in)
         parts = rows.tensor_split(max(1, len(rows)//4096))
         least = torch.stack([lowest(None, choose(self.pre(part), self.k, batch=True).value) for part in parts]).mean()
         threshold = least.expand(self.d_sae)*(1 - 1e-6)                                    # the least one acts, too
         return self._remade({'threshold': threshold}, activation='jumprelu')
 
-    def save(self, path: str | Path, card: str | None = None) -> Path:
-        "Writes a folder in SAELens' layout, whole or not at all; `flat()` first where its atoms are outer products."
-        return write_folder(path, _cfg_json(self), dict(self.named_parameters()), self.frequency, card)
+    def save(self, path: str | Path, card: str | None = None, saelens: bool = False) -> Path:
+        "Writes a folder in SAELens' layout, whole or not at all; saelens=True: ValueError for what that cannot read."
+        cfg = _cfg_json(self)
+        if saelens and not for_saelens(name := cfg['architecture']):
+            raise ValueError(f'got a {self.cfg.activation} coder, {name!r} in the file, which SAELens lacks; expected '
+                             'saelens=False, or what flat() makes of outer products, with_threshold(x) of TopK')
+        return write_folder(path, cfg, dict(self.named_parameters()), self.frequency, card)
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = 'cpu', revision: str | None = None) -> 'SAE':
@@ -300,7 +298,7 @@ def _cfg_json(sae: SAE) -> dict:
     if cfg.writes: metadata['hook_name_out'] = hook_name(cfg.writes[0].site)
     name = architecture(cfg.activation, bool(cfg.writes), cfg.skip)
     out = {'architecture': 'rank1_' + name if cfg.rank1 else name, 'd_in': cfg.d_in, 'd_sae': cfg.d_sae}
-    if cfg.activation == 'topk': out |= {'k': cfg.k, 'rescale_acts_by_decoder_norm': False}
+    if cfg.act.saelens == 'topk': out |= {'k': cfg.k, 'rescale_acts_by_decoder_norm': False}
     if cfg.writes: out['d_out'] = cfg.d_out
     return out | {
         'dtype': str(sae.b_dec.dtype).removeprefix('torch.'), 'device': 'cpu', 'apply_b_dec_to_input': not cfg.writes,
@@ -339,7 +337,8 @@ def _config(folder: Folder) -> SAEConfig:
     own, details = meta.get('circuitbench') or {}, meta.get('training_architecture_details') or {}
     k = cfg['k'] if folder.activation == 'topk' else own.get('k') or details.get('k') or meta.get('l0') or 32
     if folder.activation != 'topk': k = min(max(1, round(k)), d_sae)                      # says what to expect, no more
-    batch = folder.activation == 'jumprelu' and own.get('activation') == 'batchtopk'
+    known = ACTIVATIONS.get(kind := own.get('activation'))                                # batchtopk, or your own
+    if known is None or known.saelens != folder.activation: kind = folder.activation or kind
     places: dict[str, Any] = {n: tuple(Place(**p) for p in own.get(n, ())) for n in ('beside', 'writes')}
     if folder.transcoder and not places['writes']:
         places['writes'] = (Place(site_name(meta.get('hook_name_out')), folder.weights['b_dec'].shape),)
@@ -347,5 +346,5 @@ def _config(folder: Folder) -> SAEConfig:
     more: dict[str, Any] = {n: own[n] for n in _OWN if n in own} or ({} if head is None else {'heads': (head,)})
     return SAEConfig(
         cfg['d_in'], d_sae, k, own.get('site') or site_name(meta.get('hook_name')), meta.get('model_name') or '',
-        context=meta.get('context_size') or 0, activation='batchtopk' if batch else folder.activation,
+        context=meta.get('context_size') or 0, activation=kind,
         skip=folder.skip, normalize=folder.normalize, **places, **more)

@@ -246,7 +246,7 @@ def train_sae(
     device: str | torch.device | None = None,  # of the SAE; None: the model's
     progress: bool = True,
     *,
-    activation: str = 'topk',  # or batchtopk, jumprelu, relu, gated
+    activation: str = 'topk',  # or batchtopk, jumprelu, relu, gated, or one of your own: see `activation`
     prefixes: Sequence[int] = (),  # Matryoshka: widths that have to reconstruct alone
     beside: str | Sequence[str] = (),  # sites that are read and written, too: a crosscoder
     writes: str | Sequence[str] | None = None,  # a transcoder's output

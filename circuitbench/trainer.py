@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activation import Loss, Weights
 from .coder import SAEConfig
 from .gradient import (
-    Loss, Slope, Weights, add_auxiliary, bias_name, dense_slope, factor_gradients, first_weights, full_rows,
-    pre_activation, scales, sparse_slope)
+    Slope, add_auxiliary, dense_slope, factor_gradients, first_weights, full_rows, pre_activation, scales, sparse_slope)
 from .peers import Peers, choose_among, lowest, total
 from .recipe import Recipe
 from .sae import SAE
@@ -44,7 +44,7 @@ class Trainer:
             raise ValueError(f'got {"no y" if y is None else "y"} for a coder that {"" if cfg.writes else "does not "}'
                              'write another place, expected y for a transcoder alone')
         if cfg.writes and self.recipe.tied: raise ValueError('got tied=True for a transcoder, expected one place')
-        if shard and (accelerator is None or cfg.activation not in ('topk', 'batchtopk')):
+        if shard and (accelerator is None or not cfg.act.chooses):
             raise ValueError(f'got shard=True for a {cfg.activation} coder {"with" if accelerator else "without"} an '
                              'accelerator, expected topk or batchtopk and accelerator=')
         self.peers = Peers(accelerator, cfg.d_sae) if shard else None
@@ -63,7 +63,7 @@ class Trainer:
             self.w = {n: p[self.peers.part].clone() if n not in _WHOLE else p for n, p in self.w.items()}
             self.make.manual_seed(self.recipe.seed + self.peers.first)
         self.adam = torch.optim.Adam(self.w.values(), lr=self.recipe.lr, betas=(.9, .999), fused=True)
-        self.silent = torch.zeros_like(self.w[bias_name(cfg)], dtype=torch.long)             # rows since each fired
+        self.silent = torch.zeros_like(self.w[cfg.act.bias], dtype=torch.long)               # rows since each fired
         self.step_no, self.l1, self.least, self.since, self.torn = 0, self.recipe.l1/cfg.k**.5, 0., 0, False
         self.limit = self.recipe.dead_after or 0                                             # rows that make one dead
         if self.accelerator is not None: self._same_start()
@@ -86,8 +86,8 @@ class Trainer:
         "The slope of the loss on a batch, its gradients those of the weights that are trained."
         cfg, w, recipe, dead = self.cfg, self.full, self.recipe, self.dead
         loss = Loss(self.var, .8*self.least, self.l1, recipe.l0, recipe.width*self.level, recipe.bfloat16)
-        by_hand, peers = cfg.activation in ('topk', 'batchtopk'), self.peers
-        slope = sparse_slope(cfg, w, x, t, loss, peers) if by_hand else dense_slope(cfg, w, x, t, loss)
+        peers = self.peers
+        slope = sparse_slope(cfg, w, x, t, loss, peers) if cfg.act.chooses else dense_slope(cfg, w, x, t, loss)
         many = int(peers.sum(torch.tensor(len(dead), device=x.device))) if peers else len(dead)
         slope.figures['fvu'] = slope.rest.square().sum(1).mean()/self.var
         slope.figures['dead'] = many/cfg.d_sae
@@ -199,7 +199,7 @@ class Trainer:
             new[to] = rows*w[to][live].norm(dim=1).mean()
         for n, p in w.items():
             if p.dim() == 1 and n != 'b_dec': new[n] = p[live].mean().expand(len(dead))
-        if self.cfg.writes: new[bias_name(self.cfg)] = -new['E'] @ x.mean(0)
+        if self.cfg.writes: new[self.cfg.act.bias] = -new['E'] @ x.mean(0)
         for n, rows in new.items():
             if self.accelerator is not None: rows = self._from_main(rows.contiguous())
             w[n][dead] = rows
@@ -212,15 +212,15 @@ class Trainer:
         self,
         x: Tensor | None = None,  # (n, d_in), as read from the model; None: the mean of the last batches
     ) -> float:
-        """Above which activation k latents act on a row on average; for JumpReLU in units of each latent's threshold.
+        """Above which activation k latents act on a row on average, in units of its threshold where it has one.
 
         Of several processes it is the main one's, or that of all latents.
         """
-        if x is None: return 1. if self.cfg.activation == 'jumprelu' else self.least
+        if x is None: return 1. if 'threshold' in self.w else self.least
         parts, least = (_rows(x, self.cfg, self.cfg.d_in)*self.s_in).tensor_split(max(1, len(x)//4096)), 0.
         for part in parts:
             pre = pre_activation(self.cfg, self.full, part)
-            if self.cfg.activation == 'jumprelu': pre = pre/self.w['threshold'].clamp(min=1e-6)
+            if 'threshold' in self.w: pre = pre/self.w['threshold'].clamp(min=1e-6)
             value = choose_among(self.peers, pre, self.cfg.k, True).value
             least += float(lowest(self.peers, value))/len(parts)
         return least if self.accelerator is None else float(self._from_main(torch.tensor(least, device=x.device)))
@@ -232,20 +232,21 @@ class Trainer:
     ) -> SAE:
         """The coder for data as the model has them: scales folded in, decoder rows of norm 1.
 
-        Thresholds of BatchTopK and JumpReLU coders are set on `x`. Rows of a TopK coder of several places share one
-        factor, or others would be the largest: their mean norm is 1. Processes that hold latents call it together.
+        Thresholds, as those of BatchTopK and JumpReLU coders, are set on `x`. Rows of a TopK coder of several places
+        share one factor, or others would be the largest: their mean norm is 1. Processes that hold latents call it
+        together.
         """
-        cfg, w = self.cfg, self._whole()
+        cfg, act, w = self.cfg, self.cfg.act, self._whole()
         full = full_rows(cfg, w)
         D = full['D']/self.s_out
         norm = D.norm(dim=1)
-        if cfg.activation == 'topk': norm = norm.mean().expand_as(norm)
-        own: Weights = {n: w[n]*norm for n in ('b_enc', 'b_gate', 'b_mag') if n in w}
-        own |= {'b_dec': w['b_dec']/self.s_out, 'r_mag': w.get('r_mag')}
+        if act.ranks: norm = norm.mean().expand_as(norm)
+        own: Weights = {n: w[n]*norm for n in act.lengths if n in w} | {n: w[n] for n in act.factors}
+        own['b_dec'] = w['b_dec']/self.s_out
         own |= {'W_dec': D/norm[:, None], 'W_enc': (full['E']*self.s_in*norm[:, None]).T}
         factors = ('dec_v', 'dec_w', 'enc_v', 'enc_w') if cfg.rank1 else ()
         own |= {n: w[n if n in w else n.replace('enc', 'dec')] for n in factors}
-        if cfg.activation in ('batchtopk', 'jumprelu'): own['threshold'] = norm*w.get('threshold', 1.)*self.threshold(x)
+        if 'threshold' in act.lengths: own['threshold'] = norm*w.get('threshold', 1.)*self.threshold(x)
         if cfg.skip: own['W_skip'] = w['W_skip']*self.s_in/self.s_out[:, None]
         sae = SAE(cfg).to(D.device)
         for n, p in sae.named_parameters(): p.data = own[n].clone(memory_format=torch.contiguous_format)

@@ -127,7 +127,7 @@ _CELLS = 2**24                                                            # numb
 def _reading(model, sae, site: str, latents: Tensor) -> tuple[list[Part], list[Tensor], Tensor | float, Tensor]:
     "Parts, what the latents read of each, (n, width) each, what they read of a matrix's bias, and their own bias (n,)."
     cfg, w = sae.cfg, sae.W_enc.T[latents].float()                        # (n, d_in)
-    const = w.new_zeros(len(w)) if cfg.activation == 'gated' else sae.b_enc[latents].float()
+    const = sae.b_enc[latents].float() if cfg.act.bias == 'b_enc' else w.new_zeros(len(w))
     if not cfg.writes: const = const - w @ sae.b_dec.float()
     if cfg.normalize == 'layer_norm': w = w - w.mean(1, keepdim=True)    # the mean that is taken off the input
     if cfg.beside:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from circuitbench.coder import ACTIVATIONS, Metrics, Place, SAEConfig
+from circuitbench.activation import ACTIVATIONS
+from circuitbench.coder import Metrics, Place, SAEConfig
 from circuitbench.folder import architecture, hook_name, read_folder, site_name, write_folder
 from circuitbench.sae import SAE
 

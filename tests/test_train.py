@@ -2,6 +2,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +10,16 @@ import torch
 import torch.nn.functional as F
 
 import circuitbench.train as train_module
+from circuitbench.activation import ACTIVATIONS, Activation, jump, register_activation
 from circuitbench.checkpoint import read_state, said, tensorboard, wandb_run, write_state
-from circuitbench.coder import ACTIVATIONS, Place, SAEConfig
+from circuitbench.coder import Place, SAEConfig
 from circuitbench.edit import patch
 from circuitbench.gradient import sparse_axes
 from circuitbench.load import load_model
 from circuitbench.measure import evaluate, rows_of
 from circuitbench.recipe import Recipe
-from circuitbench.sparse import choose, dots, jump, written
+from circuitbench.sae import SAE
+from circuitbench.sparse import choose, dots, written
 from circuitbench.sparse import rows_of as sums_of
 from circuitbench.stream import activations, token_rows
 from circuitbench.train import train_sae, train_saes
@@ -373,6 +376,108 @@ def test_thresholds_are_set_on_the_rows_that_are_given():
         assert l0(t.sae(x[2000:]), x[2000:]) == pytest.approx(4, abs=.05), kind
 
 
+# -- an activation of one's own --------------------------------------------------------
+def share(p, w, k): return p.relu()*(p >= .3*p.amax(-1, keepdim=True))
+def steep(p, w, k): return (p - w['b_low']).relu()*w['r_gain'].exp()
+
+
+OWN = {'share': Activation(share, ranks=True), 'steep': Activation(steep, lengths={'b_enc': -1., 'b_low': .5}, factors={'r_gain': .25}),
+       **{f'like_{name}': replace(ACTIVATIONS[name]) for name in ('topk', 'batchtopk', 'gated')}}
+
+
+@pytest.fixture
+def own():
+    for name, activation in OWN.items(): assert register_activation(name, activation) is ACTIVATIONS[name]
+    yield
+    for name in OWN: ACTIVATIONS.pop(name, None)
+
+
+def by_formula(kind, p, w):
+    "What the activations of one's own are in float64; p has the bias."
+    if kind == 'steep': return (p > w['b_low'])*(p - w['b_low'])*torch.exp(w['r_gain'])
+    return torch.where(p >= .3*p.max(1, keepdim=True).values, p, 0.).clamp(min=0)
+
+
+@pytest.mark.parametrize('more', [dict(), dict(prefixes=(16, 64)), dict(writes=(HERE,), skip=True), dict(shape=(4,), beside=(HERE,)),
+                                  dict(shape=(4, 4), rank1=True), dict(tied=True)])
+@pytest.mark.parametrize('kind', ['share', 'steep'])
+def test_an_activation_of_ones_own_is_trained_exported_and_kept(own, kind, more, tmp_path):
+    "Its gradient, the coder that comes out and the one that is read again, against float64 and the formula."
+    tied = more.get('tied', False)
+    cfg = SAEConfig(16, 64, 4, SITE, activation=kind, **{n: v for n, v in more.items() if n != 'tied'})
+    x = torch.randn(400, 16, generator=make())*torch.linspace(.5, 3, 16) + 1
+    y = (x[:, :12].abs() + .3*x[:, 4:]) if cfg.writes else None
+    t = Trainer(cfg, x, 50, y, tied=tied, lr=.01)
+    if kind == 'steep':
+        assert top(t.w['b_low'] - .5*t.level) < 1e-6 and top(t.w['r_gain'] - .25) == 0
+    for i in range(0, 400, 100): t.step(x[i:i + 100], None if y is None else y[i:i + 100])
+    X, Y = ((v*s).double() for v, s in ((x, t.s_in), (x if y is None else y, t.s_out)))
+    w = {n: p.double().requires_grad_() for n, p in t.w.items()}
+    outer = lambda v, u: torch.einsum('np,nq->npq', v, u).flatten(1)
+    D, E = (outer(w[f'{n}_v'], w[f'{n}_w']) if cfg.rank1 else w.get(to, w.get('D')) for n, to in (('dec', 'D'), ('enc', 'E')))
+    pre = (X if cfg.writes else X - w['b_dec']) @ E.T + w['b_enc']
+    z, base = by_formula(kind, pre, w), w['b_dec'] + (X @ w['W_skip'].T if cfg.skip else 0)
+    errors = [(Y - base - z[:, :e] @ D[:e]).square().sum(1).mean()/t.var for e in cfg.prefixes or (64,)]
+    loss = sum(errors)/len(errors) + t.l1*z.sum(1).mean()/t.var**.5
+    slope = t.gradients(x*t.s_in, Y.float())
+    for (n, p), g in zip(w.items(), torch.autograd.grad(loss, list(w.values()))):
+        if n in ('D', 'dec_v', 'dec_w'): g = g - (g*p).sum(1, keepdim=True)*p
+        assert top(slope.grads[n] - g) < 2e-5*max(1, top(g)), n
+    assert float(slope.figures['loss']) == pytest.approx(float(loss.detach()), rel=1e-5)
+    sae = t.sae()
+    assert top(sae.encode(x)[:, :, None]*sae.W_dec*t.s_out - z[:, :, None]*D) < 1e-3
+    assert top(sae(x).reshape(len(x), -1)*t.s_out - z @ D - base) < 1e-3
+    back = SAE.load(sae.save(tmp_path/'sae'))
+    assert equal(back, sae) and back.cfg.activation == kind and torch.equal(back.encode(x), sae.encode(x))
+    value, index = back.codes(x)
+    assert torch.equal(back.encode(x).gather(1, index), value) and torch.equal((value > 0).sum(1), (back.encode(x) > 0).sum(1))
+
+
+def test_saelens_has_no_architecture_for_an_activation_of_ones_own(own, tmp_path):
+    for keys, name in ((dict(), 'own'), (dict(writes=(HERE,)), 'own_transcoder'), (dict(writes=(HERE,), skip=True), 'own_skip_transcoder')):
+        sae = SAE(SAEConfig(16, 64, 4, SITE, activation='share', **keys))
+        with pytest.raises(ValueError, match=f'got a share coder, {name!r} in the file, which SAELens lacks; expected saelens=False'):
+            sae.save(tmp_path/'theirs', saelens=True)
+        assert not (tmp_path/'theirs').exists()
+        assert json.loads((sae.save(tmp_path/'ours')/'cfg.json').read_text())['architecture'] == name
+    for keys in (dict(writes=(HERE,)), dict(writes=(HERE,), activation='gated'), dict(shape=(4, 4), rank1=True)):
+        with pytest.raises(ValueError, match='SAELens lacks'): SAE(SAEConfig(16, 64, 4, SITE, **keys)).save(tmp_path/'theirs', saelens=True)
+    for kind, name in (('like_topk', 'topk'), ('like_gated', 'gated'), ('like_batchtopk', 'jumprelu')):
+        like = SAE(SAEConfig(16, 64, 4, SITE, activation=kind)).save(tmp_path/'like', saelens=True)
+        assert json.loads((like/'cfg.json').read_text())['architecture'] == name and SAE.load(like).cfg.activation == kind
+    for name in OWN: del ACTIVATIONS[name]                                                  # in a process that does not know it
+    assert SAE.load(like).cfg.activation == 'jumprelu'
+    with pytest.raises(ValueError, match="got activation='share', expected one of .*topk.*register_activation"): SAE.load(tmp_path/'ours')
+
+
+@pytest.mark.parametrize('kind', ['topk', 'batchtopk', 'gated'])
+def test_a_copy_of_an_activation_is_as_the_first(own, kind):
+    x = torch.randn(400, 16, generator=make())
+    a, b = (Trainer(SAEConfig(16, 64, 4, SITE, activation=name), x, 9) for name in (kind, f'like_{kind}'))
+    for t in (a, b): t.step(x), t.step(x)
+    a, b = a.sae(x), b.sae(x)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and torch.equal(a.encode(x), b.encode(x))
+
+
+def test_names_and_activations_that_cannot_be(own):
+    ours = 'topk.*batchtopk.*jumprelu.*relu.*gated.*share'
+    for name, words in (('share', ours), ('topk', ours), ('my own', ours)):
+        with pytest.raises(ValueError, match=f'got name {name!r}.*{words}'): register_activation(name, OWN['share'])
+    with pytest.raises(ValueError, match='got name .relu.'): register_activation('relu', OWN['share'], replace=True)
+    assert register_activation('share', OWN['steep'], replace=True) is ACTIVATIONS['share']
+    with pytest.raises(ValueError, match=f"got activation='sahre', expected one of .*{ours}"): SAEConfig(16, 64, 4, SITE, activation='sahre')
+    for wrong in (lambda p, w, k: p, lambda p, w, k: F.softplus(p), lambda p, w, k: p.relu()[:, :3], lambda p, w, k: p.relu()/p):
+        with pytest.raises(ValueError, match='got wrong, whose z is negative'): register_activation('wrong', Activation(wrong))
+    with pytest.raises(ValueError, match='expected active and weights'): register_activation('wrong', replace(OWN['share'], saelens='relu'))
+    assert 'wrong' not in ACTIVATIONS
+    for keys, words in ((dict(chooses='all'), "chooses='all'"), (dict(saelens='share'), "saelens='share'"), (dict(chooses='token'), 'None for'),
+                        (dict(active=None), 'None for'), (dict(lengths={}), r'lengths \[\]'), (dict(lengths={'threshold': 1.}), 'threshold'),
+                        (dict(lengths={'b_dec': 0.}), 'b_dec'), (dict(lengths={'b_enc': 0., 'k': 1.}), "'k'"), (dict(factors={'b_low': 1.}), 'b_low'),
+                        (dict(lengths={'b_gate': 0.}), 'without training='), (dict(chooses='batch', factors={'r_gain': 0.}), "chooses='batch'")):
+        with pytest.raises(ValueError, match=words) as err: Activation(**dict(active=share) | keys)
+        assert len(str(err.value).splitlines()) == 1
+
+
 # -- bad input -----------------------------------------------------------------------
 def test_rows_that_cannot_be_trained_on_say_so():
     x, cfg = torch.randn(100, 16, generator=make()), SAEConfig(16, 64, 4, SITE)
@@ -579,6 +684,12 @@ def test_every_activation_in_one_call(model, activation):
     sae = short(model, activation=activation, tokens=12_000, expansion=4)
     assert sae.cfg.activation == activation and sae.metrics.fve > (.2 if activation == 'relu' else .5)
     assert sae.metrics.l0 == pytest.approx(8, rel=.3) and top(sae.W_dec.norm(dim=1) - 1) < 1e-5
+
+
+def test_an_activation_of_ones_own_in_one_call(model, own, tmp_path):
+    sae = short(model, activation='share', tokens=12_000, expansion=4, checkpoint=tmp_path/'run')
+    assert sae.metrics.fve > .5 and 1 < sae.metrics.l0 < 9 and 'share' in str(sae)
+    assert equal(SAE.load(sae.save(tmp_path/'sae')), sae)
 
 
 @pytest.mark.parametrize('kw, reads, writes, rows', [
