@@ -59,6 +59,7 @@ async function read(bytes) {                                   // what is packed
   const about = JSON.parse(new TextDecoder().decode(new Uint8Array(all, 4, size))), data = all.slice(4 + size), arrays = {}
   for (const [name, [kind, at, shape]] of Object.entries(about.parts))
     arrays[name] = new {u1: Uint8Array, i4: Int32Array, f4: Float32Array}[kind](data, at, shape.reduce((a, b) => a * b, 1))
+  for (let i = 3; i < arrays.ramps.length; i++) arrays.ramps[i] += arrays.ramps[i - 3]     // they travel as steps
   return {...about, ...arrays}
 }
 
@@ -416,8 +417,9 @@ export async function mount(root, bytes, start, ask = null, tell = () => {}) {
 
   // -- nodes are buttons, in order of their score
   const buttons = new Map()
+  const numbered = u => u.name.match(/\[(\w+)\]$/)?.[1]
   const called = u => u.kind == 'embed' ? (st.spread ? word(u.at) : 'embedding') : u.kind == 'logits' ? 'logits' : u.kind == 'pill' ? (u.w >= 10 ? SHORT[u.port] || u.port : '')
-    : u.kind == 'whole' ? (u.w >= 30 ? u.branch : u.branch[0]) : ((u.w >= 56 && heads.size > 1 && u.kind == 'head' ? u.branch + ' ' : '') + (u.name.match(/\[(\w+)\]$/)?.[1] ?? u.branch))
+    : u.kind == 'whole' ? (u.w >= 30 ? u.branch : u.branch[0]) : !numbered(u) ? u.branch : (u.w >= 56 && heads.size > 1 && u.kind == 'head' ? u.branch + ' ' : '') + numbered(u)
   const label = u => !st.spread && u.kind == 'latent' && textWidth(called(u)) > u.w - 4 ? '' : called(u)
   const about = u => `${title(u)}${u.kind == 'pill' ? ', shared by ' + u.over.length + ' heads' : u.kind == 'latent' && c.nodes[u.node].latent == null ? ', what its latents leave' : ''}`
     + (u.kind == 'embed' || u.kind == 'logits' ? '' : `, score ${u.at === null ? '' : 'of what it writes here '}` + c.graphs.map((_, k) => signed(unitScore(u, k))).join(' and '))

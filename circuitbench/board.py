@@ -41,7 +41,7 @@ def board_data(
                          '(0: not by position)')
     if details and (lost := sorted({*details} - _known(ids))):
         raise ValueError(f'got details of {lost[0]!r}, expected names of nodes, such as {ids[-2]!r}')
-    ramps = np.stack(RAMPS[True])
+    ramps = np.diff(np.vstack(RAMPS[True]), axis=0, prepend=np.zeros((1, 3), np.uint8))        # small steps, so short
     arrays = {'ramps': torch.from_numpy(ramps), 'source': torch.tensor([a for a, _ in ends], dtype=torch.int32),
               'target': torch.tensor([b for _, b in ends], dtype=torch.int32)}
     for k, one in enumerate(bodies):

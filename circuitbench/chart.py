@@ -23,10 +23,12 @@ def png(
     "Write an image of palette places as PNG."
     part = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     height, width = index.shape
+    used, index = np.unique(np.append(index, 0), return_inverse=True)                      # the others are left out
+    index = index[:-1].astype(np.uint8).reshape(height, width)
     head = struct.pack('>IIBBBBB', width, height, 8, 3, 0, 0, 0)                           # 8 bits, palette
     rows = np.hstack([np.zeros((height, 1), np.uint8), index]).tobytes()                   # each row says: no filter
     data = zlib.compress(rows, 9)
-    parts = (b'IHDR', head), (b'PLTE', palette.tobytes()), (b'tRNS', b'\0'), (b'IDAT', data), (b'IEND', b'')
+    parts = (b'IHDR', head), (b'PLTE', palette[used].tobytes()), (b'tRNS', b'\0'), (b'IDAT', data), (b'IEND', b'')
     return b'\x89PNG\r\n\x1a\n' + b''.join(part(*p) for p in parts)
 
 # %% ../nbs/04_chart.ipynb #cells
@@ -157,9 +159,9 @@ def _curve(px, py, look, say):
     ok = np.isfinite(py)
     d = ''.join(f'{"L" if i and ok[i - 1] else "M"}{px[i]:.1f} {py[i]:.1f}' + 'h0' * (not ok[i + 1:i + 2].any())
                 for i in np.flatnonzero(ok))
-    points = (f'<path class="pt" {look} d="M{px[i]:.1f} {py[i]:.1f}h0" data-t="{esc(say(i))}"/>'
+    points = (f'<path class="pt" d="M{px[i]:.1f} {py[i]:.1f}h0" data-t="{esc(say(i))}"/>'
               for i in np.flatnonzero(ok)[::-(-len(py) // 200)])
-    return f'<path class="ln" {look} d="{d}"/>' + ''.join(points)
+    return f'<g {look}><path class="ln" d="{d}"/>{"".join(points)}</g>'
 
 _DASH = ('', '7 4', '1 4', '9 3 1 3', '12 5', '4 2')
 
@@ -185,7 +187,7 @@ def lines(
     ex, ey, svg, keys = _ends(xs), _ends(real), '', ''
     px = 1000 * (xs - ex[0]) / (ex[1] - ex[0])
     for i, (k, z) in enumerate(zs.items()):
-        look = f'stroke="var(--s{i % 6})" stroke-dasharray="{_DASH[i % 6]}"'
+        look = f'stroke="var(--s{i % 6})" stroke-dasharray="{_DASH[i % 6] or "none"}"'
         say = lambda j, k=k: f'{k}, {xlabel or "x"} {num(xs[j])}: {num(ys[k][j])}'
         svg += _curve(px, 1000 * (ey[1] - z) / (ey[1] - ey[0]), look, say)
         key = f'<svg viewBox="0 0 28 8" aria-hidden="true"><path class="ln" {look} d="M1 4H27"/></svg>'
@@ -218,11 +220,12 @@ def histogram(
         left, right = (1000 * (t - ex[0]) / (ex[1] - ex[0]) for t in (a, b))
         up = 1000 * (h - base) / (top - base)
         if k: svg += (f'<rect class="bar" x="{left:.1f}" y="{1000 - up:.1f}" width="{right - left:.1f}" '
-                      f'height="{up:.1f}" fill="var(--s2)" stroke="var(--back)" vector-effect="non-scaling-stroke" '
+                      f'height="{up:.1f}" vector-effect="non-scaling-stroke" '
                       f'data-t="{rows[-1][0]}: {k:,}"/>')
     about = (f'{title or "Histogram"}: {v.size:,} values from {num(real.min())} to {num(real.max())}, '
              f'most often {rows[int(n.argmax())][0]}')
     gone = {'not finite': v.size - real.size, 'outside the intervals': real.size - int(n.sum())}
     note = f'{v.size:,} values' + ''.join(f', {k:,} {why}' for why, k in gone.items() if k)
+    svg = f'<g fill="var(--s2)" stroke="var(--back)">{svg}</g>'
     return wrap(_plot(svg, about, ex, (base, top), log, xlabel, 'count') + f'<div class="note">{note}</div>'
                 + details(rows, [xlabel or 'interval', 'count']), title)

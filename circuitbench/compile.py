@@ -24,12 +24,6 @@ from .program import (
 
 _BUILDERS: dict[str, Callable[[Recall], tuple[nn.Module, dict, str]]] = {}
 
-def compile(program: Recall) -> Compiled:
-    "The model that runs a program, and its labels."
-    with torch.random.fork_rng(devices=[]), torch.no_grad(): hf, labels, note = _BUILDERS[program.via](program)
-    return Compiled(hf.eval().requires_grad_(False), program, {'embed': True, **labels, 'logits': True}, note)
-
-
 # %% ../nbs/67_compile.ipynb #mamba2
 _DECAY = .2                                                    # what the head that carries keeps
 _TAPS = {'x': (0, 1, 3), 'B': (1,), 'C': (0, 1, 3)}            # the first counts; others meet what is not read there
@@ -101,6 +95,12 @@ def _of_mamba2(p: Recall):
     return hf, labels, 'the state of a head of block 0 is the token before, which B of block 1 reads'
 
 _BUILDERS |= {'conv': _of_mamba2, 'state': _of_mamba2}
+
+# %% ../nbs/67_compile.ipynb #compile
+def compile(program: Recall) -> Compiled:
+    "The model that runs a program, and its labels."
+    with torch.random.fork_rng(devices=[]), torch.no_grad(): hf, labels, note = _BUILDERS[program.via](program)
+    return Compiled(hf.eval().requires_grad_(False), program, {'embed': True, **labels, 'logits': True}, note)
 
 # %% ../nbs/67_compile.ipynb #hybrid
 def _attention(attn: nn.Module, f: Features, free: int, carrier: int | None, unit: float):

@@ -23,9 +23,9 @@ _CSS = """
 --s2:light-dark(#00735a,#4fd1a8);--s3:light-dark(#8a3d8f,#d99be0);--s4:light-dark(#7a5c00,#e3c14d);
 --s5:light-dark(#4a4f57,#c5cad1);box-sizing:border-box;margin:0 0 1rem;padding:.6rem .9rem;border-radius:6px;
 font:14px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums;color:var(--ink);background:var(--back)}
-LIGHT .cbv{color-scheme:light} DARK .cbv{color-scheme:dark} .cbv .dk{display:none}
-@media(prefers-color-scheme:dark){.cbv .dk{display:inline} .cbv .lt{display:none}}
-LIGHT .cbv .lt,DARK .cbv .dk{display:inline} LIGHT .cbv .dk,DARK .cbv .lt{display:none}
+.cbv .lt{display:var(--lt,inline)} .cbv .dk{display:var(--dk,none)}
+@media(prefers-color-scheme:dark){.cbv{--lt:none;--dk:inline}}
+LIGHT .cbv{color-scheme:light;--lt:inline;--dk:none} DARK .cbv{color-scheme:dark;--lt:none;--dk:inline}
 .cbv .cbv{padding:0} .cbv .cbv:last-child{margin-bottom:0} .cbv figcaption,.cbv .hd{font-weight:600;margin-bottom:.4rem}
 .cbv .note,.cbv output,.cbv summary{display:block;font-size:12px;color:var(--soft)}
 .cbv output{min-height:1.5em;margin:.2rem 0}
@@ -143,7 +143,8 @@ def _ink(rgb):
 
 RAMPS = {k: tuple(_ramp(s) for s in v) for k, v in _STOPS.items()}     # signed -> (light, dark), each (256, 3)
 _FILL = {k: [f'light-dark(#{bytes(a).hex()},#{bytes(b).hex()})' for a, b in zip(*v)] for k, v in RAMPS.items()}
-_INK = {k: [f'light-dark({_ink(a)},{_ink(b)})' for a, b in zip(*v)] for k, v in RAMPS.items()}
+_INK = {k: [a if a == b else f'light-dark({a},{b})' for a, b in (map(_ink, ab) for ab in zip(*v))]
+        for k, v in RAMPS.items()}
 
 # %% ../nbs/00_draw.ipynb #Scale
 @dataclass(frozen=True)
@@ -191,8 +192,9 @@ class Scale:
 
 # %% ../nbs/00_draw.ipynb #side
 # Says a part of the drawing, or of a text, below it when the pointer or the focus is on it.
-_READ = "const t=event.target.dataset.t;if(t)this.closest('figure').querySelector('output').textContent=t"
-READOUT = f'onpointerover="{esc(_READ)}"'
+_READ = ("const t=event.target.dataset.t||event.target.title;"
+         "if(t)this.closest('figure').querySelector('output').textContent=t")
+READOUT = f'onpointerover="{_READ}"'
 _PLAIN = 'Here stands a picture that an untrusted notebook hides: trust or run the notebook to see it.'
 
 def _side(kind, ticks, axis, extra=''):
@@ -211,7 +213,7 @@ def frame(
     right=(),    # on the right
     xlabel='',   # what x is
     ylabel='',   # what y is
-    attrs='',    # further attributes of the drawing; with `READOUT` it reads out the `data-t` of its parts
+    attrs='',    # further attributes of the drawing; with `READOUT` it reads out the `data-t` or `title` of its parts
     kind='',     # its class
 ) -> str:
     "Put labels around a drawing."
@@ -321,9 +323,9 @@ def token_strip(
         say = esc(f'{i}: {token!r}' + ('' if v is None else f' = {num(v[i])}'))
         look = '' if v is None else f' style="background:{scale.fill(index[i])};color:{scale.ink(index[i])}"'
         text = esc(re.sub(r'[ \n\t\r]', lambda m: _SHOW[m[0]], token)) or '∅'
-        spans.append(f'<span tabindex="{-(i > 0)}" data-t="{say}" title="{say}"{" class=mk" * (i in marked)}{look}>'
+        spans.append(f'<span tabindex="{-(i > 0)}" title="{say}"{" class=mk" * (i in marked)}{look}>'
                      f'{text}</span>' + '<br>' * token.endswith('\n'))
     about = f'{n} tokens' + ('' if v is None else ', ' + extremes(v, lambda i: f'{i} ({tokens[i]!r})'))
-    listen = f'{READOUT} onkeyup="this.onpointerover(event)" onkeydown="{esc(_WALK)}"'
+    listen = f'{READOUT} onkeyup="this.onpointerover(event)" onkeydown="{_WALK}"'
     strip = f'<div class="tk" role="group" aria-label="{esc(about)}" {listen}>{"".join(spans)}</div>'
     return wrap(f'{strip}<output></output>' + (scale.legend() if scale and legend else ''), title)

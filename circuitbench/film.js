@@ -367,12 +367,18 @@ data-lm-suppress-shortcuts="true">${HTML}<i style="display:none;color:light-dark
   return {set, stop() { pause(); cancelAnimationFrame(due); look.disconnect(); theme.disconnect(); scheme.removeEventListener('change', later) }}
 }
 
+async function unpack(text) {                                  // the film and the colours, which travel as steps from one to the next
+  const zipped = new Blob([Uint8Array.from(atob(text), x => x.charCodeAt(0))]).stream().pipeThrough(new DecompressionStream('gzip'))
+  const all = new Uint8Array(await new Response(zipped).arrayBuffer()), ramps = all.slice(0, 3072)
+  for (let i = 3; i < ramps.length; i++) ramps[i] += ramps[i - 3]
+  return [all.slice(3072), ramps]
+}
+
 // From a page or a saved notebook: every film that does not play yet, once it can be seen.
 export function films() {
-  const bytes = s => Uint8Array.from(atob(s.textContent), x => x.charCodeAt(0))
   for (const e of document.querySelectorAll('.film-root:not([data-on])')) { e.dataset.on = 1
-    const [data, ramps] = [...e.querySelectorAll('script[type="text/plain"]')].map(bytes), start = JSON.parse(e.dataset.start)
-    const watch = new ResizeObserver(() => { if (e.clientWidth) { watch.disconnect(); mount(e, data, ramps, start) } })
+    const s = e.querySelector('script[type="text/plain"]').textContent, start = JSON.parse(e.dataset.start)
+    const watch = new ResizeObserver(() => { if (e.clientWidth) { watch.disconnect(); unpack(s).then(parts => mount(e, ...parts, start)) } })
     watch.observe(e) }
 }
 

@@ -6,6 +6,7 @@
 __all__ = ['StateFilm', 'film_states', 'film_view', 'StateInspector']
 
 # %% ../nbs/57_film.ipynb #imports
+import gzip
 import json
 from base64 import b64encode
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import anywidget
+import numpy as np
 import torch
 from torch import Tensor
 from traitlets import Bytes, Int, Unicode, validate
@@ -22,8 +24,9 @@ from .chart import heatmap, png
 from .draw import RAMPS, STYLE, Scale, esc, num, table, token_strip, wrap
 from .file import beside, packed, read_record
 from .hook import HookedModel
-from .patching import StatePatches, base_run
+from .patching import StatePatches
 from .pictures import one_picture, pictures, read_alone
+from .upper import base_run
 from .view import Still, save_page, script
 
 # %% ../nbs/57_film.ipynb #StateFilm
@@ -249,20 +252,21 @@ def _figure(film, i, t):
 
 # %% ../nbs/57_film.ipynb #inspector
 _MODULE = files('circuitbench')/'film.js'
-_RAMPS = b''.join(ramp.tobytes() for signed in (True, False) for ramp in RAMPS[signed])   # each light, dark
+_RAMPS = np.stack([ramp for signed in (True, False) for ramp in RAMPS[signed]])           # each light, dark
 
 def _player(film: StateFilm, **start) -> str:
     "The film, its player and, until that runs, its still picture as HTML."
     i, t, h = film.at(**start)
     begin = {'layer': film.layers[i], 'step': t, 'head': film.heads[h]}
-    data = ''.join(f'<script type="text/plain">{b64encode(x).decode()}</script>' for x in (film.to_bytes(), _RAMPS))
-    return (f'<div class="film-root" data-start="{esc(json.dumps(begin))}">{film_view(film, *begin.values())}{data}'
-            f'</div>{script("film.js", "films()")}')
+    steps = np.diff(_RAMPS.reshape(-1, 3), axis=0, prepend=np.zeros((1, 3), np.uint8)).tobytes()     # small, so short
+    data = b64encode(gzip.compress(steps + film.to_bytes(), 9, mtime=0)).decode()
+    return (f'<div class="film-root" data-start="{esc(json.dumps(begin))}">{film_view(film, *begin.values())}'
+            f'<script type="text/plain">{data}</script></div>{script("film.js", "films()")}')
 
 class StateInspector(Still, anywidget.AnyWidget):
     "Plays a film of states; `layer`, `step` and `head` follow what is chosen, and can be set."
     _esm, _css = _MODULE.read_text(encoding='utf-8'), STYLE[len('<style>'):-len('</style>')]
-    data, ramps = Bytes().tag(sync=True), Bytes(_RAMPS).tag(sync=True)
+    data, ramps = Bytes().tag(sync=True), Bytes(_RAMPS.tobytes()).tag(sync=True)
     layer, step, head = Int().tag(sync=True), Int().tag(sync=True), Unicode().tag(sync=True)
 
     def __init__(

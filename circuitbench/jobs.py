@@ -23,6 +23,43 @@ from .sae import SAE
 from .train import train_sae
 from .truth import methods, truth_names, truth_table
 
+# %% ../nbs/85_jobs.ipynb #kinds
+def _train(model, arguments: dict, folder: Path) -> dict:
+    sae = train_sae(model, **{'every': 200} | arguments, checkpoint=folder/'checkpoint.safetensors', progress=False)
+    if sae.metrics is None or sae.metrics.note: raise KeyboardInterrupt            # stopped: the checkpoint is there
+    sae.save(folder/'sae')
+    (folder/'checkpoint.safetensors').unlink(missing_ok=True)
+    return {k: v for k, v in asdict(sae.metrics).items() if isinstance(v, (int, float))}
+
+def _report(model, arguments: dict, folder: Path) -> dict:
+    arguments = dict(arguments)
+    if 'sae' in arguments: arguments['sae'] = SAE.load(arguments['sae'])
+    found = prompt_report(model, **arguments)
+    found.to_html(folder/'report.html'), found.to_json(folder/'report.json')
+    return {'next': dict(found.says), 'layers': [[i, float(v)] for i, v in found.circuit.top_layers(n=3)]}
+
+def _truth(model, arguments: dict, folder: Path) -> dict:
+    "Case by case, each kept, so that a stopped table goes on."
+    known = methods()
+    chosen = {k: known[k] for k in arguments.get('method', known)}
+    rows = []
+    for case in arguments.get('case', truth_names()):
+        file = folder/f'{case}.json'
+        if not file.exists():
+            table = truth_table(chosen, [case], arguments.get('pairs', 48), progress=False)
+            if 'interrupted' in table.note: raise KeyboardInterrupt
+            table.save(file)
+        rows += json.loads(file.read_text())['rows']
+    with beside(folder/'table.json') as new: new.write_text(json.dumps({'note': '', 'rows': rows}, indent=1) + '\n')
+    return {f'{r["method"]} on {r["case"]}': r['edge_auroc'] for r in rows}
+
+def _takes(f: Callable, *less: str) -> tuple[str, ...]:
+    return tuple(k for k, p in signature(f).parameters.items() if k not in less and p.kind != p.VAR_KEYWORD)
+
+KINDS = {'train_sae': (_train, _takes(train_sae, 'model', 'checkpoint', 'progress', 'callback', 'accelerator'), ()),
+         'report': (_report, _takes(prompt_report, 'model', 'say'), ('prompt', 'target')),
+         'truth': (_truth, ('method', 'case', 'pairs'), ())}
+
 # %% ../nbs/85_jobs.ipynb #task
 @dataclass(frozen=True)
 class Task:
@@ -78,43 +115,6 @@ def _tasks(job: Mapping, model: str | None) -> list[Task]:
     found = [dict(zip(sweep, values)) for values in product(*sweep.values())]
     label = lambda some: ','.join(f'{k}={v}' for k, v in some.items()).replace('/', '_')
     return [Task(f'{name}/{label(some)}' if some else name, kind, of or '', given | some) for some in found]
-
-# %% ../nbs/85_jobs.ipynb #kinds
-def _train(model, arguments: dict, folder: Path) -> dict:
-    sae = train_sae(model, **{'every': 200} | arguments, checkpoint=folder/'checkpoint.safetensors', progress=False)
-    if sae.metrics is None or sae.metrics.note: raise KeyboardInterrupt            # stopped: the checkpoint is there
-    sae.save(folder/'sae')
-    (folder/'checkpoint.safetensors').unlink(missing_ok=True)
-    return {k: v for k, v in asdict(sae.metrics).items() if isinstance(v, (int, float))}
-
-def _report(model, arguments: dict, folder: Path) -> dict:
-    arguments = dict(arguments)
-    if 'sae' in arguments: arguments['sae'] = SAE.load(arguments['sae'])
-    found = prompt_report(model, **arguments)
-    found.to_html(folder/'report.html'), found.to_json(folder/'report.json')
-    return {'next': dict(found.says), 'layers': [[i, float(v)] for i, v in found.circuit.top_layers(n=3)]}
-
-def _truth(model, arguments: dict, folder: Path) -> dict:
-    "Case by case, each kept, so that a stopped table goes on."
-    known = methods()
-    chosen = {k: known[k] for k in arguments.get('method', known)}
-    rows = []
-    for case in arguments.get('case', truth_names()):
-        file = folder/f'{case}.json'
-        if not file.exists():
-            table = truth_table(chosen, [case], arguments.get('pairs', 48), progress=False)
-            if 'interrupted' in table.note: raise KeyboardInterrupt
-            table.save(file)
-        rows += json.loads(file.read_text())['rows']
-    with beside(folder/'table.json') as new: new.write_text(json.dumps({'note': '', 'rows': rows}, indent=1) + '\n')
-    return {f'{r["method"]} on {r["case"]}': r['edge_auroc'] for r in rows}
-
-def _takes(f: Callable, *less: str) -> tuple[str, ...]:
-    return tuple(k for k, p in signature(f).parameters.items() if k not in less and p.kind != p.VAR_KEYWORD)
-
-KINDS = {'train_sae': (_train, _takes(train_sae, 'model', 'checkpoint', 'progress', 'callback', 'accelerator'), ()),
-         'report': (_report, _takes(prompt_report, 'model', 'say'), ('prompt', 'target')),
-         'truth': (_truth, ('method', 'case', 'pairs'), ())}
 
 # %% ../nbs/85_jobs.ipynb #run
 def run_config(

@@ -77,6 +77,7 @@ class _Firings:
         self.g = torch.Generator().manual_seed(seed)
 
     def add(self, first: int, z: Tensor):  # number of the first row; (rows, pos, d_sae)
+        "Takes rows in by lot; where the firings grow too many, rows of the highest lots are let go again."
         for r, key in enumerate(torch.rand(len(z), generator=self.g).tolist()):
             if key >= self.share: continue
             token, latent = fired = z[r].nonzero(as_tuple=True)

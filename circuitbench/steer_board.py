@@ -49,7 +49,8 @@ def steer_board_view(
     show, n = texts_view(result), len(result['steered'])
     numbers = ' · '.join(f'{k} {esc(v)}' for k, v in result_numbers(result))
     prompt = f'<div class="tx">{text_view(about["tokens"])}</div>'
-    text = columns(*(f'<div class="tx">{show[k]}</div>' for k in ('clean', 'steered')), titles=('Clean', 'Steered'))
+    text = columns(*(f'<div class="tx" style="padding-bottom:.4rem">{show[k]}</div>' for k in ('clean', 'steered')),
+                   titles=('Clean', 'Steered'))
     more = f'<div class="note">{numbers}</div>{show["legend"]}' if n else ''
     kept = ''.join(f'<div class="note">{_STALE}</div>'*c['stale'] + c['html'] for c in charts.values())
     return wrap(f'{body}<div class="hd">Prompt</div>{prompt}{text}{more}{kept}', tag='div')

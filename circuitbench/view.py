@@ -10,6 +10,7 @@ __all__ = ['page', 'save_page', 'script', 'switch', 'Still', 'Inspector', 'bars'
 import asyncio
 import gzip
 import json
+import re
 from base64 import b64encode
 from collections.abc import Mapping
 from importlib.resources import files
@@ -79,13 +80,18 @@ _UNPACK = ("const s=Uint8Array.from(atob('DATA'),x=>x.charCodeAt(0)),e=document.
            "const z=new Blob([s]).stream().pipeThrough(new DecompressionStream('gzip'));"
            "e.type='module';e.textContent=await new Response(z).text();document.head.append(e)")
 
+def _packed(text):
+    "Compress a text and write it in letters."
+    return b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
 def script(
     name: str,  # of a module in the package's folder, such as 'board.js'
     call: str,  # what is run when it is there
 ) -> str:
     "Give a script of the package for a page, packed."
     text = (files('circuitbench')/name).read_text(encoding='utf-8')
-    data = b64encode(gzip.compress(f'{text}\n{call}'.encode(), 9, mtime=0)).decode()
+    text = re.sub(r'^[ \t]*(//.*\n)?|[ \t]{2,}// .*$', '', text, flags=re.M)              # remarks stay at home
+    data = _packed(f'{text}\n{call}')
     return f'<script type="module">{_UNPACK.replace("DATA", data)}</script>'
 
 # %% ../nbs/05_view.ipynb #slider
@@ -149,11 +155,14 @@ _KEYS = ("const b=this.closest('.cbv-live');if(b){const n=()=>{NAMES};n();"
          "new MutationObserver(n).observe(b,{childList:true,subtree:true});"
          "b.addEventListener('focusin',e=>{e.target.dataset.lmSuppressShortcuts='true'})}").replace('NAMES', _NAMES)
 
-# Shows the view of the chosen value, and says that value.
-_SWITCH = ("const f=this.closest('.sw'),k=+this.value;"
-           "for(const e of f.children)if(e.dataset.k)e.hidden=e.dataset.k!=k;"
+# Shows the view of the chosen value, and says that value; at first it unpacks the views that were not seen.
+_SWITCH = ("(async()=>{const f=this.closest('.sw'),p=f.querySelector(':scope>script');"
+           "if(p){const s=Uint8Array.from(atob(p.textContent),x=>x.charCodeAt(0));"
+           "const z=new Blob([s]).stream().pipeThrough(new DecompressionStream('gzip')),t=await new Response(z).json();"
+           "if(p.isConnected)for(const e of f.children)if(e.dataset.k in t)e.innerHTML=t[e.dataset.k];p.remove()}"
+           "const k=+this.value;for(const e of f.children)if(e.dataset.k)e.hidden=e.dataset.k!=k;"
            "const s=JSON.parse(this.dataset.names||'[]')[k];if(s){this.setAttribute('aria-valuetext',s);"
-           "f.querySelector('b').textContent=s}")
+           "f.querySelector('b').textContent=s}})()")
 
 def switch(
     views,           # HTML strings
@@ -162,20 +171,22 @@ def switch(
     shown: int = 0,  # the view that is seen first
     menu=False,      # a menu in place of a slider
 ) -> str:
-    "Put views under one control that works in the page, without a kernel."
-    views, names = list(views), [str(s) for s in names]
+    "Put views under one control that works in the page, without a kernel; those not seen at first travel packed."
+    views, names = [v.replace(STYLE, '') for v in views], [str(s) for s in names]
     if not views or len(views) != len(names): raise ValueError(f'got {len(views)} views and {len(names)} names')
     shown, look = range(len(views))[shown], 'vertical-align:middle;accent-color:var(--s0);font:inherit'
     if menu:
         options = ''.join(f'<option value="{k}"{" selected" * (k == shown)}>{esc(s)}</option>'
                           for k, s in enumerate(names))
-        control = f'<select autocomplete="off" style="{look}" onchange="{esc(_SWITCH)}">{options}</select>'
+        control = f'<select autocomplete="off" style="{look}" onchange="{_SWITCH}">{options}</select>'
     else:
         control = (f'<input type="range" min="0" max="{len(views) - 1}" value="{shown}" autocomplete="off" '
                    f'data-names="{esc(json.dumps(names))}" aria-valuetext="{esc(names[shown])}" '
-                   f'oninput="{esc(_SWITCH)}" style="width:min(24rem,60vw);{look}"> <b>{esc(names[shown])}</b>')
-    parts = ''.join(f'<div data-k="{k}" style="margin:1rem 0"{" hidden" * (k != shown)}>{v}</div>'
+                   f'oninput="{_SWITCH}" style="width:min(24rem,60vw);{look}"> <b>{esc(names[shown])}</b>')
+    later = {k: v for k, v in enumerate(views) if k != shown and '<script' not in v}      # which would not run
+    parts = ''.join(f'<div data-k="{k}" style="margin:1rem 0"{" hidden" * (k != shown)}>{v * (k not in later)}</div>'
                     for k, v in enumerate(views))
+    if later: parts += f'<script type="text/plain">{_packed(json.dumps(later))}</script>'
     return wrap(f'<div class="sw"><label>{esc(title)} {control}</label>{parts}</div>', tag='div')
 
 def _offered(name, w):

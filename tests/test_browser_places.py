@@ -255,7 +255,7 @@ def held(page, name):
     "The picture of an inspector in a page without a kernel."
     words = {'HookInspector': 'every site of one run', 'SweepInspector': 'Sweep of', 'SAEInspector': 'Latents of', 'Inspector': 'State sizes'}
     if name in words: return page.locator('.cbv:has(> .still)', has_text=words[name]).first
-    return page.locator({'StateInspector': '.film', 'CircuitInspector': '.board', 'SteerInspector': '.sw:has([data-names="0 5 20"])'}[name]).first
+    return page.locator({'StateInspector': '.film', 'CircuitInspector': '.board', 'SteerInspector': '.sw:has([data-names*="20"])'}[name]).first
 
 
 @pytest.mark.parametrize('name', LOOKS)

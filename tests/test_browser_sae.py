@@ -58,7 +58,7 @@ def test_latents_unfold_and_tokens_read_out_by_keyboard(browser, exported, shown
         assert said.startswith('1: ') and ' = ' in said
         marked = fold.locator('.tk').first.locator('.mk')
         assert marked.count() == 1
-        value = float(marked.get_attribute('data-t').split(' = ')[1])
+        value = float(marked.get_attribute('title').split(' = ')[1])
         assert value == pytest.approx(float(shown.report.peak[first, 0]), rel=.01)
         assert seen.errors == []
 

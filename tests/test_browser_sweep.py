@@ -71,12 +71,13 @@ def test_a_push_slides_without_a_kernel(browser, pages):
         slider.focus()
         for k, key in ((3, 'ArrowRight'), (2, 'ArrowLeft'), (1, 'ArrowLeft')):
             page.keyboard.press(key)
+            page.wait_for_function('([e, s]) => e.ariaValueText == s', arg=[slider.element_handle(), str(STRENGTHS[k])])
             now = push.again(STRENGTHS[k])
             assert shown.count() == 1 and text() == said(now)
             assert slider.get_attribute('aria-valuetext') == str(STRENGTHS[k])
             assert page.locator('.sw label b').text_content() == str(STRENGTHS[k])
         assert shown.locator('mark').count() == 0 and page.locator('mark').count() > 0  # strength 0 marks nothing
-        page.locator('.tk:visible span[data-t]').nth(1).hover()
+        page.locator('.tk:visible span[title]').nth(1).hover()
         assert "1: 'e' = 0" in shown.locator('output').first.text_content() and seen.errors == []
 
 

@@ -62,7 +62,7 @@ def test_switch_goes_to_the_other_theme_and_back(browser, demo):
 def test_keyboard_reaches_tokens_and_reads_them_out(browser, demo):
     with watched_page(browser) as (page, seen):
         page.goto(demo)
-        focused = lambda: page.evaluate('document.activeElement.dataset.t')
+        focused = lambda: page.evaluate('document.activeElement.title')
         for _ in range(20):
             page.keyboard.press('Tab')
             if focused(): break
@@ -75,7 +75,7 @@ def test_keyboard_reaches_tokens_and_reads_them_out(browser, demo):
         assert focused() == "0: 'The'"
         page.keyboard.press('Shift+Tab')
         assert focused() == "2: ' of' = -2"
-        page.locator('figure').first.locator('span[data-t]').last.hover()
+        page.locator('figure').first.locator('span[title]').last.hover()
         assert out.text_content() == "4: ' France' = 3.5" and seen.errors == []
 
 

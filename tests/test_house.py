@@ -86,7 +86,7 @@ def test_the_export_is_in_sync(tmp_path):
 
 def test_notebooks_were_run_and_are_small():
     for path in NOTEBOOKS:
-        assert path.stat().st_size < (320_000 if path.stem == 'gallery' else 200_000), path     # seven inspectors on one page
+        assert path.stat().st_size < 200_000, path
         shown = [o for _, s, outputs in cells(path) for o in outputs]
         assert shown and not any(o['output_type'] == 'error' for o in shown), path
         assert not re.search(r'(?<![\w.])/(home|root|work|Users)/\w', path.read_text()), path

@@ -1,5 +1,6 @@
 """Views and the Inspector without a browser: what the strings say, what is refused, when is drawn."""
 import base64
+import gzip
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from matplotlib.image import imread
 
 from circuitbench import view as cv
+from circuitbench.chart import png
 from circuitbench.draw import RAMPS, Scale, esc, num, numbers
 
 RNG = np.random.default_rng(0)
@@ -232,7 +234,7 @@ def test_tokens_are_coloured_marked_and_reachable():
     html = body(cv.token_strip(['a', 'b', 'c'], [0, 1, np.nan], mark=[-2]))
     spans = re.findall(r'<span [^>]*>', html)[:3]
     assert [attribute(s, 'tabindex')[0] for s in spans] == ['0', '-1', '-1']         # one tab stop, arrows from there
-    assert [unescape(attribute(s, 'data-t')[0]) for s in spans] == ["0: 'a' = 0", "1: 'b' = 1", "2: 'c' = NaN"]
+    assert [unescape(attribute(s, 'title')[0]) for s in spans] == ["0: 'a' = 0", "1: 'b' = 1", "2: 'c' = NaN"]
     assert ['mk' in s for s in spans] == [False, True, False]
     assert 'style' not in re.findall(r'<span [^>]*>', body(cv.token_strip(['a'])))[0]
 
@@ -411,6 +413,22 @@ def test_saved_output_shows_without_a_kernel():
     assert set(saved) >= {'text/html', 'text/plain', 'application/vnd.jupyter.widget-view+json'}
     assert all(s in saved['text/html'] for s in ('2.0.x', 'layer 2', 'My &lt;title&gt;'))
     assert saved['text/plain'] == 'Inspector(My <title>, layer 2)' and saved['text/html'].count(cv.STYLE) == 1
+
+
+def test_views_that_are_not_seen_at_first_travel_packed():
+    runs = '<p>runs</p><script type="module">1</script>'
+    html = body(cv.switch(['<p>a</p>', cv.STYLE + '<p>b</p>', runs], ['x', 'y', 'z'], 'it'))
+    assert '<p>a</p></div>' in html and f'hidden>{runs}</div>' in html                       # what is put in later would not run
+    data = re.search(r'<script type="text/plain">(.+?)</script>', html)[1]
+    assert json.loads(gzip.decompress(base64.b64decode(data))) == {'1': '<p>b</p>'}
+    assert '<script' not in cv.switch(['<p>a</p>'], ['x'], 'it')
+
+
+def test_a_small_picture_carries_the_colours_that_it_has():
+    index = np.array([[3, 200], [0, 3]], np.uint8)
+    data = png(index, RAMPS[True][0])
+    seen = (imread(io.BytesIO(data), format='png') * 255).round().astype(int)
+    assert len(data) < 150 and seen[1, 0, 3] == 0 and (seen[0, :, :3] == RAMPS[True][0][[3, 200]]).all()
 
 
 def test_current_picture_goes_to_a_file(tmp_path):
