@@ -49,6 +49,9 @@ def said(cell):
     return [''.join(o.data.get('text/plain', '')) for o in cell.outputs if o.output_type == 'display_data' and o.data.get('text/plain', '').startswith(('Right.', 'Not yet.'))]
 
 
+def slow(value, is_slow): return pytest.param(value, marks=pytest.mark.slow if is_slow else ())
+
+
 @pytest.mark.slow                                                       # half a minute each
 @pytest.mark.parametrize('path', UNITS, ids=lambda p: p.stem)
 def test_a_unit_runs_and_its_checks_say_right(path, monkeypatch):
@@ -74,7 +77,7 @@ def test_a_unit_has_what_a_lecture_needs(path):
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize('path', UNITS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [slow(p, p != UNITS[0]) for p in UNITS], ids=lambda p: p.stem)
 def test_a_student_gets_no_solution_and_runs_up_to_the_first_exercise(path, tmp_path):
     given, slide = student_version(path, tmp_path/path.name), slides(path, tmp_path/'slides.html').read_text()
     nb, text = read_unit(given), given.read_text()
@@ -95,7 +98,10 @@ def test_a_student_gets_no_solution_and_runs_up_to_the_first_exercise(path, tmp_
     if error is None: assert said(cells[-1])[0].startswith('Not yet.')
 
 
-@pytest.mark.parametrize('name', [e.name for p in UNITS for e in exercises(read_unit(p))])
+LONG = {'after_swap', 'baselines', 'edge_losses', 'jump', 'mean_ablated', 'method_table', 'pairs_lost'}
+
+
+@pytest.mark.parametrize('name', [slow(e.name, e.name in LONG) for p in UNITS for e in exercises(read_unit(p))])
 def test_a_check_says_what_is_wrong(name, capsys):
     checks = next(checks_of(read_unit(p)) for p in UNITS if name in [e.name for e in exercises(read_unit(p))])
     wrong = tables()[name]()

@@ -36,6 +36,7 @@ def test_the_package_alone_imports_nothing_heavy():
     assert not loaded('import circuitbench') & {'torch', 'transformers', 'numpy', 'scipy', 'ipywidgets', 'IPython', 'matplotlib'}
 
 
+@pytest.mark.slow
 def test_what_only_some_need_is_imported_when_it_is_used():
     rare = {'matplotlib', 'sklearn', 'pandas', 'datasets', 'sae_lens', 'gguf', 'networkx', 'nbdev', 'fastcore'}
     mine = loaded('from circuitbench import *') - loaded('import torch; from transformers import AutoModelForCausalLM, GenerationMixin')
@@ -50,12 +51,14 @@ def test_importing_asks_no_network():
         python(f"{NO_NETWORK}\nfrom huggingface_hub import HfApi; HfApi().model_info('gpt2')", env=free)
 
 
+@pytest.mark.slow
 def test_a_verb_stays_a_verb_though_a_module_has_its_name():
     python('import circuitbench.steer, circuitbench.cli\nfrom circuitbench import steer\nassert steer is circuitbench.steer.__globals__["steer"]')
     python('from circuitbench.steer import Steered\nimport circuitbench\nassert circuitbench.Steered is Steered and callable(circuitbench.steer)')
     python("import circuitbench\nassert set(circuitbench.__all__) <= set(dir(circuitbench)) and not hasattr(circuitbench, 'no_such_name')")
 
 
+@pytest.mark.slow
 def test_every_family_is_known_however_the_package_is_entered():
     known = python('from circuitbench.load import load_model\nfrom circuitbench.site import families\nprint(*families())')
     assert len(known.split()) > 15
