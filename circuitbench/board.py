@@ -15,12 +15,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import anywidget
-import numpy as np
 import torch
 from traitlets import Bool, Bytes, Int, Unicode, validate
 
 from .dashboard import pack
-from .draw import RAMPS, STYLE, esc, num, table, wrap
+from .draw import RAMPS, STYLE, esc, in_steps, num, table, wrap
 from .view import Still, save_page, script
 
 # %% ../nbs/67_board.ipynb #packed
@@ -41,7 +40,7 @@ def board_data(
                          '(0: not by position)')
     if details and (lost := sorted({*details} - _known(ids))):
         raise ValueError(f'got details of {lost[0]!r}, expected names of nodes, such as {ids[-2]!r}')
-    ramps = np.diff(np.vstack(RAMPS[True]), axis=0, prepend=np.zeros((1, 3), np.uint8))        # small steps, so short
+    ramps = in_steps(RAMPS[True])
     arrays = {'ramps': torch.from_numpy(ramps), 'source': torch.tensor([a for a, _ in ends], dtype=torch.int32),
               'target': torch.tensor([b for _, b in ends], dtype=torch.int32)}
     for k, one in enumerate(bodies):

@@ -69,9 +69,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         "Logits (batch, pos, vocab), the loss if there are labels, and the cache."
-        cache = past_key_values if cache is None else cache
         out = self.model(input_ids, attention_mask, inputs_embeds, cache, use_cache, output_hidden_states,
-                         cache_params=cache_params, return_dict=True)
+                         past_key_values=past_key_values, cache_params=cache_params, return_dict=True)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(out.last_hidden_state if isinstance(keep, int) else out.last_hidden_state[:, keep])
         loss = None

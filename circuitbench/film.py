@@ -6,7 +6,6 @@
 __all__ = ['StateFilm', 'film_states', 'film_view', 'StateInspector']
 
 # %% ../nbs/57_film.ipynb #imports
-import gzip
 import json
 from base64 import b64encode
 from collections.abc import Iterable
@@ -21,9 +20,10 @@ from torch import Tensor
 from traitlets import Bytes, Int, Unicode, validate
 
 from .chart import heatmap, png
-from .draw import RAMPS, STYLE, Scale, esc, num, table, token_strip, wrap
+from .draw import RAMPS, STYLE, Scale, esc, in_steps, num, table, token_strip, wrap
 from .file import beside, packed, read_record
 from .hook import HookedModel
+from .pages import zipped
 from .patching import StatePatches
 from .pictures import one_picture, pictures, read_alone
 from .upper import base_run
@@ -258,8 +258,7 @@ def _player(film: StateFilm, **start) -> str:
     "The film, its player and, until that runs, its still picture as HTML."
     i, t, h = film.at(**start)
     begin = {'layer': film.layers[i], 'step': t, 'head': film.heads[h]}
-    steps = np.diff(_RAMPS.reshape(-1, 3), axis=0, prepend=np.zeros((1, 3), np.uint8)).tobytes()     # small, so short
-    data = b64encode(gzip.compress(steps + film.to_bytes(), 9, mtime=0)).decode()
+    data = zipped(in_steps(_RAMPS).tobytes() + film.to_bytes())
     return (f'<div class="film-root" data-start="{esc(json.dumps(begin))}">{film_view(film, *begin.values())}'
             f'<script type="text/plain">{data}</script></div>{script("film.js", "films()")}')
 

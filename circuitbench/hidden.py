@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +19,7 @@ from .edit import At, Meta, Rows, check_at, positions
 from .hook import HookedModel
 from .models.rwkv7 import Rwkv7Mixer
 from .record import Delta, Mamba
+from .room import free_memory
 from .taps import mixer_of, written_by_lag
 from .view import save_page
 
@@ -120,7 +120,7 @@ def _some(heads: tuple[int, ...]) -> str:
 def _written(r: Mamba | Delta) -> Tensor: return r.x if isinstance(r, Mamba) else r.v
 
 def _fits(what: str, cells: int):
-    free = psutil.virtual_memory().available
+    free = free_memory(torch.device('cpu'))
     if cells*4 > free/2:
         raise ValueError(f'got {what}, {cells*4/2**30:.1f} GiB, expected at most half of the {free/2**30:.1f} GiB '
                          'that are free: ask for fewer rows or heads')

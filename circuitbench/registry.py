@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
 
 from .file import beside, typed
+from .lined import lined
 
 # %% ../nbs/38_registry.ipynb #ids
 CFG, WEIGHTS, SPARSITY = 'cfg.json', 'sae_weights.safetensors', 'sparsity.safetensors'
@@ -159,8 +160,7 @@ class Releases:
         for r in self.rows:
             table.append((r.name, r.model, r.site, r.architecture, str(r.d_in or ''), str(r.d_sae or ''),
                           number(r.l0, '.1f'), number(r.fve, '.1%'), r.note or r.where))
-        widths = [max(map(len, column)) for column in zip(*table)]
-        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in table)
+        return lined(table)
 
 def registry_folder() -> Path:
     "Where registered names are kept: CIRCUITBENCH_HOME, or circuitbench in the user's cache directory."

@@ -19,7 +19,6 @@ from itertools import chain, groupby, takewhile
 from math import prod
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from .edit import Meta, check_at, positions
 from .file import beside, typed
 from .hook import HookedModel
+from .room import free_memory
 from .site import MODEL_SITES, PER_STEP, resolve, short, spans
 from .state import State, from_cache
 
@@ -100,7 +100,7 @@ class StoredStates:
         columns, out, n = self._columns(name, heads), None, 0
         for part in self._parts(name, at, columns):
             if out is None:
-                shape, free = (part.shape[0], len(at), *part.shape[2:]), psutil.virtual_memory().available
+                shape, free = (part.shape[0], len(at), *part.shape[2:]), free_memory(part.device)
                 if (size := prod(shape)*part.itemsize) > free:
                     raise ValueError(f'got {name} of {size/2**30:.1f} GiB, expected at most the {free/2**30:.1f} GiB '
                                      'that are free; ways out: at=, heads=, pieces()')
@@ -238,8 +238,7 @@ def _row(model, stored: StoredStates) -> int:
 
 def _fitting(model, stored: StoredStates) -> int:
     "The largest of 512, 256, ... positions whose run takes an eighth of the share of the free memory at most."
-    free = psutil.virtual_memory().available
-    if model.device.type == 'cuda': free = min(free, torch.cuda.mem_get_info(model.device)[0])
+    free = min(map(free_memory, (torch.device('cpu'), model.device)))
     piece, row, logits = 512, _row(model, stored), 12*len(stored.tokens)*model.sizes['d_vocab']
     need = lambda p: row*max(Counter(t//p for t in stored.steps).values()) + logits*p
     while piece > 1 and need(piece) > model.share*free/8: piece //= 2
